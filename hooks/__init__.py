@@ -1,0 +1,13 @@
+"""Capture and swap block activations of any diffusers denoiser, across timesteps."""
+
+from .capture import Captured, capture
+from .inject import Context, Injection, Operation, Row, Stored, add, blend, inject, replace
+from .layers import GROUPS, HookError, Layer, Stream, default_layers, layers, select
+from .steps import Steps
+from .sweep import Swept, denoiser, stack, sweep
+from .trace import layer, trace
+
+__all__ = [
+    "GROUPS", "Captured", "Context", "HookError", "Injection", "Layer", "Operation", "Row", "Steps", "Stored", "Stream", "Swept",
+    "add", "blend", "capture", "default_layers", "denoiser", "inject", "layer", "layers", "replace", "select", "stack", "sweep", "trace",
+]  # fmt: skip

@@ -1,0 +1,149 @@
+"""Capture: keep the activations of chosen layers over chosen steps, in memory, in half precision or on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .layers import HookError, Layer, Site, attach, bind, layers, read, select
+from .steps import Clock, Steps
+
+Keep = Literal["device", "half"]
+
+
+class Captured:
+    """What a capture kept: activations by layer, stream, step and call.
+
+    Every tensor has shape (guidance branches, rows kept, *the layer's shape).
+    """
+
+    def __init__(self, known: Sequence[Layer], streams: dict[str, str | None], rows: Sequence[int], folder: Path | None) -> None:
+        self.layers, self.rows, self.folder = [layer for layer in known if layer.name in streams], tuple(rows), folder
+        self._known, self._streams = {layer.name: layer for layer in known}, streams
+        self._memory: dict[str, Tensor] = {}
+        self.steps: set[int] = set()
+
+    def __getitem__(self, key: tuple[str, int]) -> Tensor:
+        """The activation of (layer, step): its default or chosen stream's first tensor, at the step's first call."""
+        layer, step = key
+        if layer not in self._streams:
+            raise HookError(f"layer {layer!r} was not captured: {', '.join(self._streams)}")
+        site = self._known[layer].stream(self._streams[layer]).writes[0]
+        return self._load(_key(site, step, 0))
+
+    def read(self, site: Site, step: int, call: int, row: int) -> Tensor:
+        """One row at a site, shape (guidance branches, *the layer's shape). Raises HookError where nothing was kept."""
+        if row not in self.rows:
+            raise HookError(f"row {row} was not captured: rows {', '.join(map(str, self.rows))} were")
+        return self._load(_key(site, step, call))[:, self.rows.index(row)]
+
+    @property
+    def bytes(self) -> int:
+        """Memory held, in bytes; 0 for a capture on disk."""
+        return sum(t.numel() * t.element_size() for t in self._memory.values())
+
+    def _keep(self, step: int, call: int, tensors: dict[str, Tensor]) -> None:
+        self.steps.add(step)
+        if self.folder is None:
+            self._memory |= tensors
+        else:
+            save_file(tensors, self.folder / f"step{step:04d}-{call}.safetensors")
+
+    def _load(self, key: str) -> Tensor:
+        if self.folder is None and key in self._memory:
+            return self._memory[key]
+        _, step, call = key.rsplit("@", 2)
+        if self.folder is not None:
+            file = self.folder / f"step{int(step):04d}-{call}.safetensors"
+            if file.exists():
+                with safe_open(file, "pt") as store:
+                    if key in store.keys():  # noqa: SIM118: safe_open is no mapping
+                        return store.get_tensor(key)
+        raise HookError(f"nothing was captured at {key.split('@')[0]}, step {step}, call {call}")
+
+
+def _key(site: Site, step: int, call: int) -> str:
+    return f"{site.module}{json.dumps(site.path)}{site.border}@{step}@{call}"
+
+
+@contextlib.contextmanager
+def capture(
+    denoiser: nn.Module,
+    patterns: Sequence[str],
+    *,
+    schedule: Any,
+    rows: int = 1,
+    keep_rows: Sequence[int] | None = None,
+    steps: Steps = Steps(),
+    stream: str | None = None,
+    to: Keep | Path = "device",
+) -> Iterator[Captured]:
+    """Keep activations of the denoiser calls made inside the context.
+
+    patterns: layer names, globs or groups. rows: how many images the pipeline makes at once; keep_rows: which of them
+    (all). to: `device` (as they are, where they are), `half` (float16, on the CPU) or a folder, into which one file a
+    denoiser call is streamed: memory then never holds more than one call's activations. Hooks are removed on leaving,
+    also after an exception. Raises HookError for unknown layers, streams, rows and steps.
+    """
+    known = layers(denoiser)
+    chosen = select(known, patterns)
+    kept = range(rows) if keep_rows is None else keep_rows
+    if outside := [r for r in kept if not 0 <= r < rows]:
+        raise HookError(f"row {outside[0]}: the batch has rows 0 to {rows - 1}")
+    folder = to if isinstance(to, Path) else None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    captured = Captured(known, {layer.name: stream for layer in chosen}, list(kept), folder)
+    sites = {site for layer in chosen for site in layer.stream(stream).writes}
+    clock = Clock(denoiser, schedule, rows)
+    taken: dict[str, Tensor] = {}
+
+    def take(site: Site, value: Any, path: Sequence[int | str]) -> None:
+        if clock.step in steps.resolve(clock.timesteps):
+            tensor = read(value, path).detach().unflatten(0, (clock.branches, rows))[:, list(kept)]
+            tensor = tensor if to == "device" else tensor.half().cpu() if to == "half" else tensor.cpu()
+            taken[_key(site, clock.step, clock.call)] = tensor.contiguous()
+
+    def on_output(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            for site in sites:
+                if site.module == name and site.border == "output":
+                    take(site, output, site.path)
+
+        return hook
+
+    def on_input(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            arguments = bind(module, args, kwargs).arguments
+            for site in sites:
+                if site.module == name and site.border == "input":
+                    take(site, arguments, site.path)
+
+        return hook
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        if taken:
+            captured._keep(clock.step, clock.call, dict(taken))
+            taken.clear()
+
+    handles = [clock.attach()]
+    try:
+        for name, module in attach(denoiser, {site.module for site in sites}).items():
+            borders = {site.border for site in sites if site.module == name}
+            if "output" in borders:
+                handles.append(module.register_forward_hook(on_output(name)))
+            if "input" in borders:
+                handles.append(module.register_forward_pre_hook(on_input(name), with_kwargs=True))
+        handles.append(denoiser.register_forward_hook(end))
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,22 @@
+"""probekit: find out where generative image models keep what they know about an image."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from probekit.errors import ProbekitError
+
+if TYPE_CHECKING:
+    from probekit.models import load
+
+__version__ = "0.1.0"
+__all__ = ["ProbekitError", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # `import probekit` stays light: torch and diffusers come with the first model
+    if name == "load":
+        from probekit.models import load
+
+        return load
+    raise AttributeError(f"module 'probekit' has no attribute {name!r}")

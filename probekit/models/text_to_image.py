@@ -1,0 +1,143 @@
+"""Text-to-image pipelines of diffusers, as probekit sees them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from probekit import hooks
+from probekit.errors import ProbekitError
+
+# what encode_prompt returns, in order, for each family of pipelines; other pipelines are given their prompts as text
+_EMBEDDINGS: dict[str, tuple[str, ...]] = {
+    "StableDiffusionXLPipeline": (
+        "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
+    ),
+    "StableDiffusion3Pipeline": (
+        "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
+    ),
+    "StableDiffusionPipeline": ("prompt_embeds", "negative_prompt_embeds"),
+    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds", ""),
+    "PixArtAlphaPipeline": (
+        "prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask",
+    ),
+}  # fmt: skip
+
+
+class TextToImage:
+    """A diffusers pipeline that makes images from prompts. Images are (n, 3, h, w) in [-1, 1]."""
+
+    def __init__(self, pipeline: Any, *, name: str) -> None:
+        self.pipeline, self.name = pipeline, name
+        self._encoded: dict[str, dict[str, Any]] = {}
+        pipeline.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, name: str, device: str = "auto", dtype: str = "auto") -> TextToImage:
+        """Load what `save_pretrained` wrote, or a hub id. Raises ProbekitError when that fails."""
+        from diffusers import DiffusionPipeline
+
+        place = _device(device)
+        try:
+            index = DiffusionPipeline.load_config(str(path))
+            chosen = _dtype(dtype, place, transformer="transformer" in index)
+            pipeline = DiffusionPipeline.from_pretrained(str(path), torch_dtype=chosen)
+        except ProbekitError:
+            raise
+        except Exception as error:  # diffusers, safetensors and the hub raise a dozen kinds
+            reason = " ".join(str(error).split())[:200]
+            raise ProbekitError(f"model {name!r}: could not be loaded ({type(error).__name__}: {reason})") from error
+        try:
+            hooks.denoiser(pipeline)
+        except hooks.HookError as error:
+            raise ProbekitError(f"model {name!r}: {error}") from error
+        return cls(pipeline.to(place), name=name)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The U-Net or transformer."""
+        return hooks.denoiser(self.pipeline)
+
+    @cached_property
+    def layers(self) -> list[hooks.Layer]:
+        """The denoiser's layers in execution order."""
+        return hooks.layers(self.denoiser)
+
+    @cached_property
+    def digest(self) -> str:
+        """A fingerprint of the denoiser: its tensors' names, shapes and up to 256 values of each, as 12 hex digits."""
+        fingerprint = hashlib.sha256()
+        for key, value in sorted(self.denoiser.state_dict().items()):
+            flat = value.flatten()
+            sample = flat[:: max(1, flat.numel() // 256)].float().cpu().numpy()
+            fingerprint.update(f"{key}{tuple(value.shape)}".encode() + sample.tobytes())
+        return fingerprint.hexdigest()[:12]
+
+    def row(self, prompt: str, seed: int) -> dict[str, Any]:
+        """What makes one row of a batch: the prompt, encoded once and remembered, and its own noise."""
+        if prompt not in self._encoded:
+            self._encoded[prompt] = self._encode(prompt)
+        # noise is drawn on the CPU, so that a seed means the same picture on every device
+        return {**self._encoded[prompt], "generator": torch.Generator().manual_seed(seed)}
+
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> Float[Tensor, "n 3 h w"]:
+        """Pictures of the prompts, one seed each. options: the pipeline's (`num_inference_steps`, `guidance_scale`, …)."""
+        rows = [self.row(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        with torch.no_grad():
+            images = self.pipeline(**hooks.stack(rows), **options, output_type="pt").images
+        return images.float() * 2 - 1
+
+    def sweep(
+        self,
+        original: tuple[str, int],
+        edit: tuple[str, int],
+        rules: Sequence[Sequence[hooks.Injection]],
+        *,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> hooks.Swept:
+        """`hooks.sweep` over (prompt, seed) pairs, with images in [-1, 1]."""
+        rows = {"original": self.row(*original), "edit": self.row(*edit)}
+        swept = hooks.sweep(self.pipeline, **rows, rules=rules, batch_size=batch_size, **options)
+        return hooks.Swept(swept.edit.float() * 2 - 1, swept.images.float() * 2 - 1)
+
+    def _encode(self, prompt: str) -> dict[str, Any]:
+        names = _EMBEDDINGS.get(type(self.pipeline).__name__)
+        if names is None:
+            return {"prompt": prompt}
+        # Stable Diffusion has no default for these two; the others take them as keywords too
+        arguments: dict[str, Any] = {"device": self.pipeline._execution_device, "num_images_per_prompt": 1}
+        if "negative_prompt_embeds" in names:
+            arguments |= {"do_classifier_free_guidance": True, "negative_prompt": ""}
+        if type(self.pipeline).__name__ in ("StableDiffusion3Pipeline", "FluxPipeline"):
+            arguments["prompt_2"] = None
+        if type(self.pipeline).__name__ == "StableDiffusion3Pipeline":
+            arguments["prompt_3"] = None
+        with torch.no_grad():
+            returned = self.pipeline.encode_prompt(prompt=prompt, **arguments)
+        return {key: value for key, value in zip(names, returned, strict=True) if key}
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ProbekitError(f"device {device!r}: not available here; use auto, cpu, cuda or mps") from error
+
+
+def _dtype(dtype: str, device: torch.device, *, transformer: bool) -> torch.dtype:
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else "bfloat16" if transformer else "float16"
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype not in known:
+        raise ProbekitError(f"dtype {dtype!r}: choose auto, {', '.join(known)}")
+    return known[dtype]

@@ -1,0 +1,27 @@
+"""Pictures in and out: float images in [-1, 1] and PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+
+def to_uint8(image: Float[Tensor, "3 h w"]) -> np.ndarray:
+    """(h, w, 3) bytes of an image in [-1, 1]."""
+    return ((image.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+
+
+def save_png(image: Float[Tensor, "3 h w"], path: Path) -> None:
+    """Write an image in [-1, 1] as PNG."""
+    Image.fromarray(to_uint8(image)).save(path)
+
+
+def load_png(path: Path) -> Float[Tensor, "3 h w"]:
+    """Read a picture as float32 in [-1, 1]."""
+    pixels = np.array(Image.open(path).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1

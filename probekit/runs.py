@@ -1,0 +1,129 @@
+"""A run's folder: its config, its finished units, its results; and how a run goes on where it stopped.
+
+    config.json      every option, the seed, the package's version, the model's fingerprint
+    units/*.parquet  the rows of each finished unit, written whole or not at all
+    images/UNIT/     the pictures of a unit, in place before its rows are
+    results.parquet  all rows of all units, once every unit is finished
+    figures/, report.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from probekit import __version__
+from probekit.errors import ProbekitError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+
+class Run:
+    """One run's folder. Raises ProbekitError, before anything is written, when it belongs to another config."""
+
+    def __init__(self, folder: Path, experiment: str, options: Mapping[str, Any], command: Sequence[str]) -> None:
+        self.folder = folder
+        self.config: dict[str, Any] = {"experiment": experiment, "probekit": __version__, "options": dict(options)}
+        stored = folder / "config.json"
+        if stored.exists():
+            self._refuse_another(_read_config(folder))
+        elif folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+            raise ProbekitError(f"--out {str(folder)!r}: exists and is no run folder; name a new or an empty one")
+        else:
+            with _writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_whole(stored, json.dumps(self.config | {"command": list(command)}, indent=2).encode())
+        with _writing(folder):
+            (folder / "units").mkdir(exist_ok=True)
+            (folder / "images").mkdir(exist_ok=True)
+
+    def _refuse_another(self, stored: Mapping[str, Any]) -> None:
+        ours = {**self.config["options"], "experiment": self.config["experiment"], "probekit": self.config["probekit"]}
+        theirs = {**stored["options"], "experiment": stored["experiment"], "probekit": stored["probekit"]}
+        # through JSON, so that a tuple and a list count as the same
+        ours = json.loads(json.dumps(ours))
+        differ = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
+        if differ:
+            said = ", ".join(f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in differ)
+            raise ProbekitError(f"--out {str(self.folder)!r}: holds a run of another config ({said}); name another folder")
+
+    def finished(self, unit: str) -> bool:
+        """Whether the unit's rows are there."""
+        return (self.folder / "units" / f"{unit}.parquet").exists()
+
+    def write(self, unit: str, rows: pd.DataFrame, images: Mapping[str, Tensor]) -> None:
+        """Keep a finished unit: its pictures, (3, h, w) in [-1, 1] by name, then its rows."""
+        from probekit.report.images import save_png
+
+        with _writing(self.folder):
+            final, partial = self.folder / "images" / unit, self.folder / "images" / f"{unit}.partial"
+            for leftover in (final, partial):
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for name, image in images.items():
+                save_png(image, partial / f"{name}.png")
+            partial.rename(final)
+            write_whole(self.folder / "units" / f"{unit}.parquet", rows.to_parquet(index=False))
+
+    def collect(self, units: Sequence[str]) -> pd.DataFrame:
+        """All rows in the order of `units`; also written to results.parquet."""
+        import pandas as pd
+
+        rows = pd.concat([pd.read_parquet(self.folder / "units" / f"{u}.parquet") for u in units], ignore_index=True)
+        with _writing(self.folder):
+            write_whole(self.folder / "results.parquet", rows.to_parquet(index=False))
+        return rows
+
+
+def open_run(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """The config and results of a finished run. Raises ProbekitError where there is none, or it has not finished."""
+    import pandas as pd
+
+    config = _read_config(folder)
+    results = folder / "results.parquet"
+    if not results.exists():
+        done = len(list((folder / "units").glob("*.parquet")))
+        raise ProbekitError(f"run {str(folder)!r}: not finished ({done} units are); start it again with the same options")
+    return config, pd.read_parquet(results)
+
+
+def default_folder(experiment: str, label: str, options: Mapping[str, Any]) -> Path:
+    """runs/<experiment>/<label>-<hash of the options>: the same options find the same folder again."""
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
+    return Path("runs") / experiment / f"{label}-{digest}"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file completely or not at all: temporary file, fsync, rename."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        return {key: config[key] for key in ("experiment", "probekit", "options", "command")}
+    except OSError as error:
+        raise ProbekitError(f"run {str(folder)!r}: no run folder, it has no config.json") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ProbekitError(f"run {str(folder)!r}: its config.json is damaged") from error
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ProbekitError(f"--out {str(folder)!r}: cannot be written ({error.strerror or error})") from error

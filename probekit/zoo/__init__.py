@@ -1,0 +1,15 @@
+"""The zoo: small models trained by recipes of this package, and where their weights lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PIPELINES = ("mini-sd",)
+"""Bundled text-to-image pipelines."""
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def weights(name: str) -> Path:
+    """The folder of a bundled model's weights."""
+    return WEIGHTS / name

@@ -1,0 +1,131 @@
+"""mini-sd: a complete StableDiffusionPipeline of 64x64 scenes, small enough to sweep every layer on a laptop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from probekit.data.scenes import render, split
+from probekit.zoo.training import Schedule, train
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+
+SCHEDULE = Schedule(steps=10_000, learning_rate=1e-3, warmup=300, ema=0.9995, bfloat16=True)
+BATCH = 32
+EMPTY_CAPTIONS = 0.1
+MIN_SNR = 5.0
+RENDERINGS = 2
+
+
+def unet() -> UNet2DConditionModel:
+    """Stable Diffusion's U-Net in small: cross-attention on two of three levels, 18 resnet and attention layers."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 128, 192),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=96,
+        attention_head_dim=2,  # diffusers reads this as the number of heads
+        norm_num_groups=16,
+    )
+
+
+def scheduler() -> DDIMScheduler:
+    """DDIM with Stable Diffusion's betas and Stable Diffusion 2's v-prediction."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+
+
+class Denoising:
+    """The loss of mini-sd over codes that are computed once and kept in `cache`."""
+
+    def __init__(self, vae_folder: Path, clip_folder: Path, cache: Path) -> None:
+        from transformers import CLIPTokenizer
+
+        tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
+        self.scheduler = scheduler()
+        if not cache.exists():
+            _encode(vae_folder, cache)
+        self.latents = load_file(cache)["latents"]
+        captions = [scene.caption for scene in split(held_out=False)]
+        self.tokens = tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids
+        alphas = self.scheduler.alphas_cumprod
+        self.snr = alphas / (1 - alphas)
+
+    def __call__(self, model: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Squared error of v, weighted by min(SNR, 5) / (SNR + 1) (min-SNR, Hang et al. 2023, for v-prediction)."""
+        index = torch.randint(self.latents.shape[0], (BATCH,), generator=generator)
+        latents = self.latents[index].float()
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(1000, (BATCH,), generator=generator)
+        empty = torch.rand(BATCH, generator=generator) < EMPTY_CAPTIONS
+        tokens = self.tokens[torch.where(empty, len(self.tokens) - 1, index % (len(self.tokens) - 1))]
+        dtype = next(model.parameters()).dtype
+        noisy = self.scheduler.add_noise(latents, noise, timesteps).to(dtype)
+        target = self.scheduler.get_velocity(latents, noise, timesteps)
+        text = model["text_encoder"](tokens)[0]  # type: ignore[operator,index]
+        predicted = model["unet"](noisy, timesteps, text, return_dict=False)[0]  # type: ignore[operator,index]
+        error = (predicted.float() - target).square().mean((1, 2, 3))
+        snr = self.snr[timesteps]
+        return (error * snr.clamp(max=MIN_SNR) / (snr + 1)).mean(), {"v": error.mean().item()}
+
+
+@torch.no_grad()
+def _encode(vae_folder: Path, cache: Path) -> None:
+    """Write the scaled codes of `RENDERINGS` drawings of every training scene, drawing after drawing."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    scenes = split(held_out=False)
+    codes = [
+        vae.encode(render(scenes[i : i + 128], generator).bfloat16()).latent_dist.mean.float() * vae.config.scaling_factor
+        for _ in range(RENDERINGS)
+        for i in range(0, len(scenes), 128)
+    ]
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"latents": torch.cat(codes).half()}, cache)
+
+
+def train_and_save(folder: Path, checkpoints: Path, *, seed: int = 0, vae_folder: Path, clip_folder: Path) -> None:
+    """Train U-Net and text encoder on the codes of scenes and write a StableDiffusionPipeline."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from diffusers.models.attention_processor import AttnProcessor
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(seed)
+    model = nn.ModuleDict({"unet": unet(), "text_encoder": CLIPTextModel.from_pretrained(clip_folder).float()})
+    # plain attention: on CPUs the fused kernel's backward pass in bfloat16 is the slower one
+    model["unet"].set_attn_processor(AttnProcessor())
+    loss = Denoising(vae_folder, clip_folder, checkpoints / "scene-codes.safetensors")
+    train(model, loss, SCHEDULE, checkpoint=checkpoints / "mini-sd.pt", seed=seed, title="mini-sd")
+    model["unet"].set_default_attn_processor()
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(vae_folder),
+        text_encoder=model["text_encoder"],
+        tokenizer=CLIPTokenizer.from_pretrained(clip_folder),
+        unet=model["unet"],
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(folder)

@@ -1,0 +1,123 @@
+"""The loop that trains every zoo model: seeded, resumable after a kill, with progress and expected time."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+Loss = Callable[[nn.Module, torch.Generator], tuple[Tensor, dict[str, float]]]
+"""One training step's loss of a module: draws its own batch from the generator; also returns numbers to show."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train. AdamW, linear warm-up, cosine decay to zero, exponential moving average.
+
+    `ema` is the averaging constant at its end; it rises as (1 + step) / (10 + step) before.
+    With `bfloat16` the forward and backward pass run in bfloat16 on a copy, the weights that are updated stay float32.
+    """
+
+    steps: int
+    learning_rate: float
+    warmup: int = 100
+    weight_decay: float = 0.01
+    ema: float = 0.999
+    bfloat16: bool = False
+
+    def factor(self, step: int) -> float:
+        """The learning rate at a step, as a fraction of `learning_rate`."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+
+
+def train(
+    module: nn.Module,
+    loss: Loss,
+    schedule: Schedule,
+    *,
+    checkpoint: Path,
+    seed: int = 0,
+    title: str = "",
+    save_every_seconds: float = 120.0,
+) -> nn.Module:
+    """Train `module` in place and return it with its averaged weights.
+
+    Batch and noise of step s come from a generator seeded with (seed, s) alone, so a run that was killed and started
+    again from `checkpoint` ends with the weights of an uninterrupted one (same machine). The checkpoint is replaced
+    atomically every `save_every_seconds`.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    worker = copy.deepcopy(module).bfloat16() if schedule.bfloat16 else module
+    worker_parameters = [p for p in worker.parameters() if p.requires_grad]
+    average = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.99), fused=True
+    )
+    first = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        if state["seed"] != seed or state["steps"] != schedule.steps:
+            raise ValueError(f"{checkpoint} belongs to a run of seed {state['seed']}, {state['steps']} steps: delete it")
+        module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        for a, saved in zip(average, state["average"], strict=True):
+            a.copy_(saved)
+        first = state["step"]
+
+    def save(step: int) -> None:
+        state: dict[str, Any] = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+        state |= {"step": step, "seed": seed, "steps": schedule.steps}
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        partial = checkpoint.with_suffix(".partial")
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(checkpoint)
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(), TextColumn("{task.fields[shown]}"),
+    )  # fmt: skip
+    worker.train()
+    saved_at = time.monotonic()
+    with Progress(*columns) as progress:
+        task = progress.add_task(title, total=schedule.steps, completed=first, shown="")
+        for step in range(first, schedule.steps):
+            if worker is not module:
+                torch._foreach_copy_([p.data for p in worker_parameters], parameters)
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+            value, shown = loss(worker, generator)
+            value.backward()
+            for p, w in zip(parameters, worker_parameters, strict=True):
+                p.grad, w.grad = (None if w.grad is None else w.grad.float()), (None if w is not p else w.grad)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.learning_rate * schedule.factor(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            decay = min(schedule.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+            numbers = {"loss": value.item(), **shown}
+            progress.update(task, advance=1, shown="  ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+            if step % 100 == 99:
+                progress.console.print(f"{title} step {step + 1}: " + "  ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+            if time.monotonic() - saved_at > save_every_seconds:
+                save(step + 1)
+                saved_at = time.monotonic()
+    save(schedule.steps)
+    with torch.no_grad():
+        for p, a in zip(parameters, average, strict=True):
+            p.copy_(a)
+    return module.eval()
