@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -262,10 +262,30 @@ def _transformer(model: nn.Module) -> Iterator[_Found]:
         yield name, "projection", _main(name)
 
 
-def output_shape(output: Any, stream: Stream) -> tuple[int, ...] | None:
-    """The shape of the stream's first tensor in a module's output, or None for a stream that enters elsewhere."""
-    site = stream.writes[0]
-    return tuple(read(output, site.path).shape) if site.border == "output" else None
+def output_shapes(model: nn.Module, chosen: Sequence[Layer], run: Callable[[], Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of each layer's output, batch first, as seen while `run()` calls the model.
+
+    For layers with two streams it is that of the default one's first tensor.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def watch(layer: Layer) -> Callable[..., None]:
+        path = layer.stream().writes[0].path
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            shapes[layer.name] = tuple(read(output, path).shape)
+
+        return hook
+
+    modules = attach(model, [layer.name for layer in chosen])
+    handles = [modules[layer.name].register_forward_hook(watch(layer)) for layer in chosen]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
 
 
 def attach(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ def sweep(
     edit: Mapping[str, Any],
     rules: Sequence[Sequence[Injection]],
     batch_size: int | None = None,
+    on_batch: Callable[[int], None] = lambda rules: None,
     **options: Any,
 ) -> Swept:
     """Run a diffusers pipeline once over rows [E, O, O, …], row k + 1 injected by `rules[k]`, whose source row 0 is E.
@@ -44,7 +45,8 @@ def sweep(
     original, edit: what is particular to a row, as arguments of the pipeline: a prompt, embeddings with a leading
     dimension of 1, a `generator` (copied for every row, so that each sees the same noise). options: what all rows share
     (`num_inference_steps`, `guidance_scale`, …). batch_size: rows at a time, E included (default: all); every batch makes
-    E anew, and the result is the same up to the rounding of differently shaped batches. An empty rule gives O itself.
+    E anew, and the result is the same up to the rounding of differently shaped batches. An empty rule gives O itself. on_batch is called after every batch with the number of rules
+    it finished.
     """
     size = len(rules) + 1 if batch_size is None else batch_size
     if size < 2:
@@ -59,6 +61,7 @@ def sweep(
             made = pipeline(**stack(rows), **options, output_type="pt").images
         picture_of_e = made[0] if picture_of_e is None else picture_of_e
         images += list(made[1:])
+        on_batch(len(part))
     assert picture_of_e is not None
     return Swept(picture_of_e, torch.stack(images) if images else picture_of_e.new_zeros(0, *picture_of_e.shape))
 

@@ -50,7 +50,7 @@ def tiny_sd() -> Any:
         max_position_embeddings=MAX_TOKENS, eos_token_id=end, pad_token_id=end, bos_token_id=words.bos_token_id,
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=2, cross_attention_dim=16, attention_head_dim=2,
+        sample_size=16, block_out_channels=(8, 16), layers_per_block=2, cross_attention_dim=16, attention_head_dim=2,
         norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip

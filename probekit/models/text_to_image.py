@@ -99,13 +99,11 @@ class TextToImage:
         original: tuple[str, int],
         edit: tuple[str, int],
         rules: Sequence[Sequence[hooks.Injection]],
-        *,
-        batch_size: int | None = None,
         **options: Any,
     ) -> hooks.Swept:
-        """`hooks.sweep` over (prompt, seed) pairs, with images in [-1, 1]."""
+        """`hooks.sweep` over (prompt, seed) pairs, with images in [-1, 1]; options are its and the pipeline's."""
         rows = {"original": self.row(*original), "edit": self.row(*edit)}
-        swept = hooks.sweep(self.pipeline, **rows, rules=rules, batch_size=batch_size, **options)
+        swept = hooks.sweep(self.pipeline, **rows, rules=rules, **options)
         return hooks.Swept(swept.edit.float() * 2 - 1, swept.images.float() * 2 - 1)
 
     def _encode(self, prompt: str) -> dict[str, Any]:

@@ -13,3 +13,6 @@ WEIGHTS = Path(__file__).parent / "weights"
 def weights(name: str) -> Path:
     """The folder of a bundled model's weights."""
     return WEIGHTS / name
+
+GUIDANCE = {"mini-sd": 3.0}
+"""The guidance scale at which a bundled pipeline was measured."""

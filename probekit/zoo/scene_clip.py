@@ -17,7 +17,7 @@ from probekit.zoo.training import Schedule, train
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-SCHEDULE = Schedule(steps=2000, learning_rate=1.5e-3, ema=0.998, bfloat16=True)
+SCHEDULE = Schedule(steps=1000, learning_rate=1.5e-3, ema=0.998, bfloat16=True)
 BATCH = 128
 WIDTH = 96
 MAX_TOKENS = 20
@@ -98,3 +98,23 @@ def train_and_save(folder: Path, checkpoints: Path, *, seed: int = 0) -> None:
     model.tokenizer.save_pretrained(folder)
     half = [0.5] * 3
     CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64, image_mean=half, image_std=half).save_pretrained(folder)
+
+
+@torch.no_grad()
+def evaluate(n: int = 500, seed: int = 1) -> list[tuple[str, float, float | None]]:
+    """Among groups of 100 held-out scenes: how often a picture's nearest caption is its own, and the other way."""
+    from transformers import CLIPModel, CLIPTokenizer
+
+    from probekit.zoo import weights
+
+    clip, words = CLIPModel.from_pretrained(weights("scene-clip")).float(), CLIPTokenizer.from_pretrained(weights("scene-clip"))
+    generator = torch.Generator().manual_seed(seed)
+    to_text, to_image, groups = 0.0, 0.0, max(1, n // 100)
+    for _ in range(groups):
+        scenes = sample_scenes(100, generator, held_out=True)
+        tokens = words([s.caption for s in scenes], padding=True, return_tensors="pt")
+        logits = clip(**tokens, pixel_values=render(scenes, generator)).logits_per_image
+        truth = torch.arange(100)
+        to_text += (logits.argmax(1) == truth).float().mean().item() / groups
+        to_image += (logits.argmax(0) == truth).float().mean().item() / groups
+    return [("picture to caption, of 100", to_text, None), ("caption to picture, of 100", to_image, None)]

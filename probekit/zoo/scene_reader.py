@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from probekit.data.scenes import VALUES, labels, render, sample_scenes
+from probekit.zoo import weights
 from probekit.zoo.training import Schedule, train
 
 SCHEDULE = Schedule(steps=4000, learning_rate=2e-3, ema=0.998, bfloat16=True)
@@ -56,21 +56,17 @@ def loss(reader: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[st
     return value, {}
 
 
-def accuracy(reader: SceneReader, *, n: int = 4000, seed: int = 1) -> dict[str, float]:
-    """The share of held-out scenes, freshly rendered, that the reader gets right, per attribute."""
+def evaluate(n: int = 4000, seed: int = 1) -> list[tuple[str, float, float | None]]:
+    """The share of held-out scenes, freshly rendered, that the bundled reader gets right, per attribute."""
+    reader = load(weights("scene-reader"))
     generator = torch.Generator().manual_seed(seed)
     right = dict.fromkeys(VALUES, 0)
-    for count in _batches(n, 250):
-        scenes = sample_scenes(count, generator, held_out=True)
+    for start in range(0, n, 250):
+        scenes = sample_scenes(min(250, n - start), generator, held_out=True)
         seen, truth = reader.read(render(scenes, generator)), labels(scenes)
         for a in VALUES:
             right[a] += int((seen[a] == truth[a]).sum())
-    return {a: hits / n for a, hits in right.items()}
-
-
-def _batches(n: int, size: int) -> Iterator[int]:
-    for start in range(0, n, size):
-        yield min(size, n - start)
+    return [(a, hits / n, 0.99) for a, hits in right.items()]
 
 
 def train_and_save(folder: Path, checkpoints: Path, *, seed: int = 0) -> None:

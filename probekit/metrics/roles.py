@@ -1,0 +1,96 @@
+"""Roles, measured: how much of a factor came over with a layer, how sure that is, and which role follows."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NO_ROLE = "no role"
+EVERYTHING = "everything"
+
+
+def transfer(to_original: float, to_edit: float) -> float:
+    """d(O, I) / (d(O, I) + d(E, I)): 0 where the injected picture I equals O, 1 where it equals E; NaN where O equals E."""
+    total = to_original + to_edit
+    return to_original / total if total > 0 else math.nan
+
+
+def damage(to_original: float, to_edit: float, between: float) -> float:
+    """min(d(O, I), d(E, I)) / d(O, E): 0 for a picture that is O or E, 1 and more for one that is neither."""
+    return min(to_original, to_edit) / between if between > 0 else math.nan
+
+
+def interval(values: Sequence[float], *, seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
+    """Mean and 95% bootstrap percentile interval, NaNs left out; (nan, nan, nan) of nothing."""
+    from scipy.stats import bootstrap
+
+    kept = np.asarray([v for v in values if not math.isnan(v)], dtype=float)
+    if len(kept) == 0:
+        return math.nan, math.nan, math.nan
+    if len(kept) == 1 or np.ptp(kept) == 0:
+        # one pair tells nothing of the next; equal values leave nothing to resample
+        spread = (0.0, 1.0) if len(kept) == 1 else (kept[0], kept[0])
+        return float(kept.mean()), *map(float, spread)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bounds = bootstrap((kept,), np.mean, n_resamples=resamples, method="percentile", rng=seed).confidence_interval
+    return float(kept.mean()), float(bounds.low), float(bounds.high)
+
+
+def summarise(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a (descriptor, window, layer, factor): transfer, damage and null, each with its interval over the pairs.
+
+    rows: the tidy results of a sweep, with columns descriptor, window, layer, order, factor, pair, donor (`edit` or
+    `unrelated`), transfer, damage. Values are averaged over seeds within a pair first, since those are not independent.
+    """
+    import pandas as pd
+
+    keys = ["descriptor", "window", "order", "layer", "factor"]
+    per_pair = rows.groupby([*keys, "pair", "donor"], sort=True, observed=True)[["transfer", "damage"]].mean().reset_index()
+    summary = []
+    for key, group in per_pair.groupby(keys, sort=True, observed=True):
+        by = {donor: group[group.donor == donor] for donor in ("edit", "unrelated")}
+        mean, low, high = interval(by["edit"].transfer.tolist())
+        null, null_low, null_high = interval(by["unrelated"].transfer.tolist())
+        harm, harm_low, harm_high = interval(by["edit"].damage.tolist())
+        summary.append(
+            dict(zip(keys, key, strict=True))  # type: ignore[call-overload]
+            | {"transfer": mean, "low": low, "high": high, "null": null, "null_low": null_low, "null_high": null_high}
+            | {"damage": harm, "damage_low": harm_low, "damage_high": harm_high, "pairs": by["edit"].pair.nunique()}
+        )
+    return pd.DataFrame(summary)
+
+
+def roles(summary: pd.DataFrame) -> pd.DataFrame:
+    """One row a (descriptor, window, layer) with its `role` and how clear it is.
+
+    A layer has a factor's role where the factor's interval lies above the intervals of every other factor and of its own
+    null. It carries `everything` where every factor's interval lies above one half and above its null. Otherwise it has
+    no role. `margin` is the gap between the leading factor's interval and the highest of those it must clear.
+    """
+    import pandas as pd
+
+    found = []
+    keys = ["descriptor", "window", "order", "layer"]
+    for key, group in summary.groupby(keys, sort=True, observed=True):
+        group = group.dropna(subset=["transfer"])
+        if group.empty:
+            continue
+        lead = group.loc[group.transfer.idxmax()]
+        others = group[group.factor != lead.factor]
+        bar = max([*others.high, lead.null_high if not math.isnan(lead.null_high) else 0.0])
+        above_null = (group.low > group.null_high.fillna(0.0)).all()
+        role = NO_ROLE
+        if len(group) > 1 and lead.low > bar:
+            role = str(lead.factor)
+        elif len(group) > 1 and above_null and (group.low > 0.5).all():
+            role = EVERYTHING
+        found.append(dict(zip(keys, key, strict=True)) | {"role": role, "lead": lead.factor, "margin": lead.low - bar})
+    return pd.DataFrame(found)

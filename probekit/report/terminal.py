@@ -1,0 +1,54 @@
+"""What the commands print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from probekit import hooks
+
+if TYPE_CHECKING:
+    from probekit.models import TextToImage
+
+
+def print_layers(model: TextToImage, layers: Sequence[hooks.Layer]) -> None:
+    """A table of layers; output shapes are those of one picture, read off a one-step generation."""
+    shapes = hooks.output_shapes(model.denoiser, layers, lambda: model.pipeline(
+        **hooks.stack([model.row("", 0)]), num_inference_steps=1, output_type="latent"))  # fmt: skip
+    modules = dict(model.denoiser.named_modules())
+    table = Table(title=f"{model.name}: {type(model.denoiser).__name__}", title_justify="left")
+    for heading in ("order", "layer", "type", "streams", "output", "parameters"):
+        table.add_column(heading, justify="right" if heading in ("order", "parameters") else "left", no_wrap=True)
+    for la in layers:
+        count = sum(p.numel() for p in modules[la.name].parameters())
+        shape = "x".join(map(str, shapes[la.name][1:]))
+        table.add_row(str(la.order), la.name, la.kind, ", ".join(la.streams), shape, f"{count:,}")
+    Console().print(table)
+
+
+def print_zoo() -> None:
+    """A table of the bundled models."""
+    from probekit.zoo import weights
+    from probekit.zoo.recipes import RECIPES
+
+    table = Table(title="the zoo", title_justify="left")
+    for heading in ("name", "what it is", "size"):
+        table.add_column(heading, justify="right" if heading == "size" else "left")
+    for name, recipe in RECIPES.items():
+        size = sum(f.stat().st_size for f in weights(name).rglob("*") if f.is_file()) / 2**20
+        table.add_row(name, recipe.about, f"{size:.1f} MiB" if size else "not trained yet")
+    Console().print(table)
+
+
+def print_evaluation(name: str, rows: Sequence[tuple[str, float, float | None]]) -> None:
+    """A table of a model's measurement with the bars it is meant to reach."""
+    table = Table(title=name, title_justify="left")
+    for heading in ("measured", "value", "bar"):
+        table.add_column(heading, justify="left" if heading == "measured" else "right")
+    for what, value, bar in rows:
+        missed = bar is not None and value < bar
+        table.add_row(what, f"[red]{value:.1%}[/red]" if missed else f"{value:.1%}", "" if bar is None else f"{bar:.0%}")
+    Console().print(table)

@@ -1,0 +1,63 @@
+"""Every model of the zoo: what it is, how it is trained, how it is measured."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from probekit.errors import ProbekitError
+from probekit.zoo import scene_clip, scene_reader, scene_vae, weights
+
+Table = list[tuple[str, float, float | None]]
+"""Rows of a measurement: what, the value as a share in [0, 1] unless named otherwise, the bar it should reach if any."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """train(folder, checkpoints, seed) writes the weights; evaluate(n, seed) measures the bundled ones."""
+
+    about: str
+    train: Callable[[Path, Path, int], None]
+    evaluate: Callable[[int, int], Table]
+
+
+def find(name: str) -> Recipe:
+    """The recipe of that name. Raises ProbekitError with the nearest name."""
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1) or list(RECIPES)
+        raise ProbekitError(f"zoo model {name!r}: there is none; {', '.join(near)}")
+    return RECIPES[name]
+
+
+def _train_mini_sd(folder: Path, checkpoints: Path, seed: int) -> None:
+    from probekit.zoo import mini_sd
+
+    vae = checkpoints / "scene-vae"
+    if not (vae / "config.json").exists():
+        scene_vae.train_and_save(vae, checkpoints, seed=seed)
+    mini_sd.train_and_save(folder, checkpoints, seed=seed, vae_folder=vae, clip_folder=weights("scene-clip"))
+
+
+def _evaluate_mini_sd(n: int, seed: int) -> Table:
+    from probekit.zoo import mini_sd
+
+    return mini_sd.evaluate(n, seed)
+
+
+RECIPES: dict[str, Recipe] = {
+    "mini-sd": Recipe(
+        "StableDiffusionPipeline of 64x64 scenes: CLIP text model, U-Net, KL VAE 4x16x16, DDIM", _train_mini_sd, _evaluate_mini_sd
+    ),
+    "scene-reader": Recipe(
+        "CNN that reads place, size, kind, colour, ground and texture off a scene",
+        lambda folder, checkpoints, seed: scene_reader.train_and_save(folder, checkpoints, seed=seed),
+        scene_reader.evaluate,
+    ),
+    "scene-clip": Recipe(
+        "CLIPModel of scenes: mini-sd's text encoder, and the CLIP score of scenes",
+        lambda folder, checkpoints, seed: scene_clip.train_and_save(folder, checkpoints, seed=seed),
+        scene_clip.evaluate,
+    ),
+}
