@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,9 @@ def sweep(
     model: Model = "mini-sd",
     pairs: Annotated[int, typer.Option(min=1, help="Controlled pairs for each factor.")] = 8,
     factors: Annotated[str, typer.Option(help="Factors to vary, separated by commas.")] = ",".join(FACTORS),
-    prompt_original: Annotated[str | None, typer.Option(help="A prompt of your own for O, instead of controlled pairs.")] = None,
+    prompt_original: Annotated[
+        str | None, typer.Option(help="A prompt of your own for O, instead of controlled pairs.")
+    ] = None,
     prompt_edit: Annotated[str | None, typer.Option(help="A prompt of your own for E.")] = None,
     pairs_file: Annotated[
         Path | None, typer.Option(help="YAML list of pairs: original, edit, and if you like factor, unrelated, seed.")
@@ -191,9 +194,7 @@ def _one_picture(
     typer.echo(f"{', '.join(la.name for la in chosen)}\nO, E and the result: {out}")
 
 
-def make_pairs(
-    count: int, factors: str, original: str | None, edit: str | None, file: Path | None, seed: int
-) -> list[Pair]:
+def make_pairs(count: int, factors: str, original: str | None, edit: str | None, file: Path | None, seed: int) -> list[Pair]:
     """The pairs that the options ask for. Raises ProbekitError where they contradict each other or the file is not in order."""
     own = original is not None or edit is not None
     if own and (original is None or edit is None):
@@ -260,7 +261,9 @@ def read_pairs(file: Path, seed: int) -> list[Pair]:
         following = entries[(i + 1) % len(entries)]
         unrelated = entry.get("unrelated") or (following.get("edit") if len(entries) > 1 else None) or _UNRELATED
         name = "".join(c if c.isalnum() else "_" for c in factor)
-        pairs.append(Pair(f"{name}-{number:02d}", factor, entry["original"], entry["edit"], unrelated, int(entry.get("seed", seed + i))))
+        pairs.append(
+            Pair(f"{name}-{number:02d}", factor, entry["original"], entry["edit"], unrelated, int(entry.get("seed", seed + i)))
+        )
     return pairs
 
 
@@ -269,6 +272,8 @@ def _windows(steps: str, num_steps: int, count: int) -> dict[str, hooks.Steps]:
     from probekit.hooks import Steps
 
     chosen = Steps.parse(steps)
+    if chosen.timesteps is None:
+        chosen.resolve(range(num_steps))
     if count == 1:
         return {steps: chosen}
     if chosen.timesteps is not None:
@@ -277,7 +282,7 @@ def _windows(steps: str, num_steps: int, count: int) -> dict[str, hooks.Steps]:
     if len(indices) < count:
         raise ProbekitError(f"--windows {count}: there are only {len(indices)} steps to cut")
     cuts = [round(k * len(indices) / count) for k in range(count + 1)]
-    parts = [indices[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [indices[a:b] for a, b in itertools.pairwise(cuts)]
     return {f"{p[0]}-{p[-1]}": Steps(indices=tuple(p)) for p in parts}
 
 
@@ -306,7 +311,9 @@ def run_pairs(
             try:
                 _run_pair(run, model, pair, windows, batch_size, progress)
             except KeyboardInterrupt:
-                typer.echo(f"interrupted: finished pairs are kept in {run.folder}, the same command goes on from there", err=True)
+                typer.echo(
+                    f"interrupted: finished pairs are kept in {run.folder}, the same command goes on from there", err=True
+                )
                 raise
     return run.collect([p.name for p in pairs])
 

@@ -8,6 +8,30 @@ from .sweep import Swept, denoiser, stack, sweep
 from .trace import layer, trace
 
 __all__ = [
-    "GROUPS", "Captured", "Context", "HookError", "Injection", "Layer", "Operation", "Row", "Steps", "Stored", "Stream", "Swept",
-    "add", "blend", "capture", "default_layers", "denoiser", "inject", "layer", "layers", "output_shapes", "replace", "select", "stack", "sweep", "trace",
-]  # fmt: skip
+    "GROUPS",
+    "Captured",
+    "Context",
+    "HookError",
+    "Injection",
+    "Layer",
+    "Operation",
+    "Row",
+    "Steps",
+    "Stored",
+    "Stream",
+    "Swept",
+    "add",
+    "blend",
+    "capture",
+    "default_layers",
+    "denoiser",
+    "inject",
+    "layer",
+    "layers",
+    "output_shapes",
+    "replace",
+    "select",
+    "stack",
+    "sweep",
+    "trace",
+]

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .layers import HookError, Layer, Site, attach, bind, layers, read, select
-from .steps import Clock, Steps
+from .steps import ALL, Clock, Steps
 
 Keep = Literal["device", "half"]
 
@@ -25,7 +24,9 @@ class Captured:
     Every tensor has shape (guidance branches, rows kept, *the layer's shape).
     """
 
-    def __init__(self, known: Sequence[Layer], streams: dict[str, str | None], rows: Sequence[int], folder: Path | None) -> None:
+    def __init__(
+        self, known: Sequence[Layer], streams: dict[str, str | None], rows: Sequence[int], folder: Path | None
+    ) -> None:
         self.layers, self.rows, self.folder = [layer for layer in known if layer.name in streams], tuple(rows), folder
         self._known, self._streams = {layer.name: layer for layer in known}, streams
         self._memory: dict[str, Tensor] = {}
@@ -65,7 +66,7 @@ class Captured:
             file = self.folder / f"step{int(step):04d}-{call}.safetensors"
             if file.exists():
                 with safe_open(file, "pt") as store:
-                    if key in store.keys():  # noqa: SIM118: safe_open is no mapping
+                    if key in store.keys():  # noqa: SIM118 (safe_open is no mapping)
                         return store.get_tensor(key)
         raise HookError(f"nothing was captured at {key.split('@')[0]}, step {step}, call {call}")
 
@@ -82,7 +83,7 @@ def capture(
     schedule: Any,
     rows: int = 1,
     keep_rows: Sequence[int] | None = None,
-    steps: Steps = Steps(),
+    steps: Steps = ALL,
     stream: str | None = None,
     to: Keep | Path = "device",
 ) -> Iterator[Captured]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .capture import Captured
 from .layers import HookError, Layer, Site, attach, bind, layers, read, write
-from .steps import Clock, Steps
+from .steps import ALL, Clock, Steps
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Injection:
 
     layer: str
     source: Row | Stored | Tensor = Row(0)
-    steps: Steps = Steps()
+    steps: Steps = ALL
     operation: Operation = replace
     stream: str | None = None
     mask: Tensor | None = None
@@ -196,7 +196,7 @@ class _Engine:
                     tensor = self.apply(site, tensor, writes)
                 bound.arguments[argument] = write(bound.arguments[argument], path, tensor)
                 changed = True
-            return (bound.args, bound.kwargs) if changed else None
+            return (bound.args[1:], bound.kwargs) if changed else None
 
         return hook
 
@@ -262,7 +262,7 @@ def _is_plain(injection: Injection) -> bool:
 
 
 def _spatial(mask: Tensor, target: Tensor, layer: str) -> Tensor:
-    """The mask at the target's resolution, shaped to broadcast over it; tokens are taken as a grid of the mask's proportions."""
+    """The mask at the target's resolution, shaped to broadcast over it; tokens are a grid of the mask's proportions."""
     if mask.ndim != 2:
         raise HookError(f"mask of shape {tuple(mask.shape)} at {layer}: it must be (height, width)")
     if target.ndim == 4:

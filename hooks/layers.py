@@ -84,10 +84,8 @@ def layers(model: nn.Module) -> list[Layer]:
     Knows `UNet2DConditionModel`, `UNet2DModel` and whatever is built of their blocks, SD3 and Flux with their two streams,
     and takes any other model that holds stacks of transformer blocks. Raises HookError where there is neither.
     """
-    if hasattr(model, "down_blocks") and hasattr(model, "up_blocks"):
-        found = list(_unet(model))
-    else:
-        found = list(_transformer(model))
+    is_unet = hasattr(model, "down_blocks") and hasattr(model, "up_blocks")
+    found = list(_unet(model) if is_unet else _transformer(model))
     if not found:
         raise HookError(f"{type(model).__name__} has neither U-Net blocks nor a stack of transformer blocks")
     return [Layer(name, order, kind, streams) for order, (name, kind, streams) in enumerate(found)]
@@ -114,7 +112,11 @@ def select(available: Sequence[Layer], patterns: Iterable[str]) -> list[Layer]:
             matches = {layer.name for layer in available if fnmatch.fnmatchcase(layer.name, pattern)}
         if not matches:
             near = difflib.get_close_matches(pattern, [layer.name for layer in available], n=3, cutoff=0.4)
-            hint = f"nearest: {', '.join(near)}" if near else f"there are {', '.join(sorted({la.kind for la in available}))} layers"
+            hint = (
+                f"nearest: {', '.join(near)}"
+                if near
+                else f"there are {', '.join(sorted({la.kind for la in available}))} layers"
+            )
             raise HookError(f"no layer {pattern!r} in this model ({hint})")
         chosen |= matches
     return [layer for layer in available if layer.name in chosen]
@@ -153,8 +155,9 @@ def write(value: Any, path: Sequence[int | str], tensor: Tensor) -> Any:
 
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
-    """A forward call's arguments by name, however they were passed."""
-    return inspect.signature(module.forward).bind(*args, **kwargs)
+    """A forward call's arguments by name, however they were passed; the first of `args` is the module itself."""
+    # the class's signature: nnsight and accelerate put wrappers without one in the place of an instance's forward
+    return inspect.signature(type(module).forward).bind(module, *args, **kwargs)
 
 
 # --- U-Nets ------------------------------------------------------------------------------------------------------------

@@ -74,6 +74,10 @@ class Steps:
         return chosen
 
 
+ALL = Steps()
+"""Every step."""
+
+
 def distinct_timesteps(schedule: Any) -> tuple[float, ...]:
     """A scheduler's timesteps, or a sequence of them, each once and in order.
 

@@ -42,11 +42,13 @@ def sweep(
 ) -> Swept:
     """Run a diffusers pipeline once over rows [E, O, O, …], row k + 1 injected by `rules[k]`, whose source row 0 is E.
 
-    original, edit: what is particular to a row, as arguments of the pipeline: a prompt, embeddings with a leading
-    dimension of 1, a `generator` (copied for every row, so that each sees the same noise). options: what all rows share
-    (`num_inference_steps`, `guidance_scale`, …). batch_size: rows at a time, E included (default: all); every batch makes
-    E anew, and the result is the same up to the rounding of differently shaped batches. An empty rule gives O itself. on_batch is called after every batch with the number of rules
-    it finished.
+    original, edit: what is particular to a row, as arguments of the pipeline: a prompt, embeddings with a leading dimension
+        of 1, a `generator` (copied for every row, so that each sees the same noise).
+    rules: the injections of each copy of O; an empty rule gives O itself.
+    batch_size: rows at a time, E included (default: all). Every batch makes E anew; the result is the same up to the
+        rounding of differently shaped batches.
+    on_batch: called after every batch with the number of rules it finished.
+    options: what all rows share (`num_inference_steps`, `guidance_scale`, …).
     """
     size = len(rules) + 1 if batch_size is None else batch_size
     if size < 2:

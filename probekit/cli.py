@@ -66,7 +66,9 @@ def zoo_list() -> None:
 @zoo.command()
 def train(
     name: Annotated[str, typer.Argument(help="The model to train; see `probekit zoo list`.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write its weights. [default: in place of the bundled ones]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write its weights. [default: in place of the bundled ones]")
+    ] = None,
     checkpoints: Annotated[Path, typer.Option(help="Where a killed training goes on from.")] = Path(".training"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and batches.")] = 0,
 ) -> None:

@@ -1,10 +1,10 @@
 """A run's folder: its config, its finished units, its results; and how a run goes on where it stopped.
 
-    config.json      every option, the seed, the package's version, the model's fingerprint
-    units/*.parquet  the rows of each finished unit, written whole or not at all
-    images/UNIT/     the pictures of a unit, in place before its rows are
-    results.parquet  all rows of all units, once every unit is finished
-    figures/, report.html
+config.json      every option, the seed, the package's version, the model's fingerprint
+units/*.parquet  the rows of each finished unit, written whole or not at all
+images/UNIT/     the pictures of a unit, in place before its rows are
+results.parquet  all rows of all units, once every unit is finished
+figures/, report.html
 """
 
 from __future__ import annotations

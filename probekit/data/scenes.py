@@ -82,9 +82,7 @@ class Scene:
     @property
     def caption(self) -> str:
         """The sentence that mini-sd is trained on, such as "a large red fish at the top left on a striped blue ground"."""
-        return (
-            f"a {self.size} {self.colour} {self.kind} at the {self.place} on a {self.texture} {self.ground} ground"
-        )
+        return f"a {self.size} {self.colour} {self.kind} at the {self.place} on a {self.texture} {self.ground} ground"
 
     @classmethod
     def parse(cls, caption: str) -> Scene:
@@ -106,9 +104,7 @@ class Scene:
 @functools.cache
 def all_scenes() -> tuple[Scene, ...]:
     """Every scene there is, in a fixed order."""
-    return tuple(
-        Scene(*values) for values in itertools.product(*VALUES.values()) if values[3] != values[4]
-    )
+    return tuple(Scene(*values) for values in itertools.product(*VALUES.values()) if values[3] != values[4])
 
 
 @functools.cache
@@ -138,7 +134,11 @@ def controlled_pair(factor: str, generator: torch.Generator) -> tuple[Scene, Sce
     edit = original
     while edit.colour == edit.ground or any(getattr(edit, a) == getattr(original, a) for a in FACTORS[factor]):
         other = scenes[int(torch.randint(len(scenes), (), generator=generator))]
-        edit = replace(original, **{a: getattr(other, a) for a in FACTORS[factor]}) if _valid(original, other, factor) else original
+        edit = (
+            replace(original, **{a: getattr(other, a) for a in FACTORS[factor]})
+            if _valid(original, other, factor)
+            else original
+        )
     return original, edit
 
 
@@ -153,9 +153,7 @@ def labels(scenes: Sequence[Scene]) -> dict[str, Tensor]:
     return {a: torch.tensor([v.index(getattr(s, a)) for s in scenes]) for a, v in VALUES.items()}
 
 
-def render(
-    scenes: Sequence[Scene], generator: torch.Generator, *, image_size: int = IMAGE_SIZE
-) -> Float[Tensor, "n 3 h w"]:
+def render(scenes: Sequence[Scene], generator: torch.Generator, *, image_size: int = IMAGE_SIZE) -> Float[Tensor, "n 3 h w"]:
     """Draw scenes as float images in [-1, 1].
 
     The generator moves each object by up to 1.5 pixels of 64 and shifts each texture; the same generator state gives

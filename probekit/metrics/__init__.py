@@ -1,0 +1,1 @@
+"""What is measured: how far pictures are apart, and which role follows."""

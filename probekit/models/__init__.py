@@ -32,5 +32,7 @@ def load(name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto")
         return TextToImage.from_pretrained(path, name=name, device=device, dtype=dtype)
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         near = difflib.get_close_matches(name, PIPELINES, n=1) or list(PIPELINES)
-        raise ProbekitError(f"model {name!r}: neither a bundled model ({', '.join(near)}) nor a folder nor a hub id (owner/name)")
+        raise ProbekitError(
+            f"model {name!r}: neither a bundled model ({', '.join(near)}) nor a folder nor a hub id (owner/name)"
+        )
     return TextToImage.from_pretrained(name, name=name, device=device, dtype=dtype)

@@ -1,0 +1,1 @@
+"""What a run shows: figures, a page, tables in the terminal."""

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-COLOURS = {"structure": "#2f6db5", "content": "#c8445b", "surface": "#e0a021", "own": "#2f6db5", EVERYTHING: "#4b4b52", NO_ROLE: "#d5d4cf"}
+COLOURS = {
+    "structure": "#2f6db5",
+    "content": "#c8445b",
+    "surface": "#e0a021",
+    "own": "#2f6db5",
+    EVERYTHING: "#4b4b52",
+    NO_ROLE: "#d5d4cf",
+}
 _SPARE = ("#5b8c5a", "#8a5aa8", "#3aa0a0", "#a86b3c")
 _DESCRIPTORS = {
     "reader": "the scene reader",
@@ -60,7 +67,9 @@ def conclusions(rows: pd.DataFrame) -> list[dict[str, Any]]:
         carriers = []
         for _, r in found[found.role == role].iterrows():
             of_layer = summary[(summary.layer == r.layer) & (summary.window == r.window)]
-            worst = of_layer.loc[of_layer.transfer.idxmin()] if role == EVERYTHING else of_layer[of_layer.factor == role].iloc[0]
+            worst = (
+                of_layer.loc[of_layer.transfer.idxmin()] if role == EVERYTHING else of_layer[of_layer.factor == role].iloc[0]
+            )
             carriers.append({"layer": r.layer, "window": r.window, **worst[["transfer", "low", "high", "damage"]].to_dict()})
         told.append({"role": role, "carriers": sorted(carriers, key=lambda c: -c["transfer"])})
     return told
@@ -85,7 +94,13 @@ def print_roles(config: dict[str, Any], rows: pd.DataFrame) -> None:
         by = group.set_index("factor")
         cells = [f"{by.transfer[f]:.2f}  {by.low[f]:.2f}-{by.high[f]:.2f}" if f in by.index else "" for f in factors]
         role_name = role.iloc[0] if len(role) else NO_ROLE
-        style = f"bold {colour(role_name, factors)}" if role_name not in (NO_ROLE, EVERYTHING) else "dim" if role_name == NO_ROLE else "bold"
+        style = (
+            f"bold {colour(role_name, factors)}"
+            if role_name not in (NO_ROLE, EVERYTHING)
+            else "dim"
+            if role_name == NO_ROLE
+            else "bold"
+        )
         numbers = [f"{group.null.mean():.2f}", f"{group.damage.mean():.2f}"]
         table.add_row(*([str(window)] if several else []), str(layer), *cells, *numbers, f"[{style}]{role_name}[/]")
     Console().print(table)
@@ -103,32 +118,48 @@ def write_report(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> Pa
     windows = list(config["options"]["windows"])
     layers = main.drop_duplicates("layer").sort_values("order").layer.tolist()
     figures = {}
-    drawn = {"roles": _roles_figure(main[main.window == windows[0]], main_roles[main_roles.window == windows[0]], factors, descriptor)}
+    drawn = {
+        "roles": _roles_figure(
+            main[main.window == windows[0]], main_roles[main_roles.window == windows[0]], factors, descriptor
+        )
+    }
     if len(windows) > 1:
         drawn = {"time": _time_figure(main, windows, factors, layers, descriptor)}
     (folder / "figures").mkdir(exist_ok=True)
     for name, figure in drawn.items():
         figures[name] = _save(figure, folder / "figures" / name)
 
-    one = windows[0]
-    role_of = {r.layer: r.role for r in main_roles[main_roles.window == one].itertuples()}
+    role_of = {r.layer: r.role for r in main_roles[main_roles.window == windows[0]].itertuples()}
     pairs = [
         {**pair, "O": _data_uri(folder, pair, "O"), "E": _data_uri(folder, pair, "E"),
          "layers": {w: {la: _data_uri(folder, pair, f"{w}_{la}") for la in layers} for w in windows}}
         for pair in config["options"]["pairs"]
     ]  # fmt: skip
+    tiles = [
+        {"name": la, "short": short(la), "role": role_of.get(la, NO_ROLE), "part": part_of(la), "level": _level(la, layers)}
+        for la in layers
+    ]
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = templates.get_template("injection.html").render(
-        name=Path(config["options"]["model"]).name, config=config, options=config["options"], command=command_line(config["command"]), figures=figures, factors=factors,
-        colours={f: colour(f, factors) for f in [*factors, EVERYTHING, NO_ROLE]}, conclusions=conclusions(rows),
-        descriptor=_DESCRIPTORS[descriptor], windows=windows, layers=[
-            {"name": la, "short": short(la), "role": role_of.get(la, NO_ROLE), "part": part_of(la), "level": _level(la, layers)}
-            for la in layers
-        ],
-        pairs=pairs, data={"pairs": pairs, "numbers": {w: {la: _numbers(main, la, w) for la in layers} for w in windows}}, table=_table(summary, found, factors, layers, windows),
+        name=Path(config["options"]["model"]).name,
+        config=config,
+        options=config["options"],
+        command=command_line(config["command"]),
+        conclusions=conclusions(rows),
+        descriptor=_DESCRIPTORS[descriptor],
+        factors=factors,
+        colours={f: colour(f, factors) for f in [*factors, EVERYTHING, NO_ROLE]},
+        windows=windows,
+        layers=tiles,
+        pairs=pairs,
+        data={"pairs": pairs, "numbers": {w: {la: _numbers(main, la, w) for la in layers} for w in windows}},
+        figures=figures,
+        table=_table(summary, found, factors, layers, windows),
         descriptors=[_DESCRIPTORS[d] for d in _DESCRIPTORS if (summary.descriptor == d).any()],
-        everything=EVERYTHING, no_role=NO_ROLE, low=min(main.pairs),
-    )  # fmt: skip
+        everything=EVERYTHING,
+        no_role=NO_ROLE,
+        fewest_pairs=min(main.pairs),
+    )
     report = folder / "report.html"
     write_whole(report, page.encode())
     return report
@@ -167,7 +198,9 @@ def _numbers(main: pd.DataFrame, layer: str, window: str) -> list[dict[str, Any]
     return [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in records]
 
 
-def _table(summary: pd.DataFrame, found: pd.DataFrame, factors: list[str], layers: list[str], windows: list[str]) -> list[dict[str, Any]]:
+def _table(
+    summary: pd.DataFrame, found: pd.DataFrame, factors: list[str], layers: list[str], windows: list[str]
+) -> list[dict[str, Any]]:
     """For every window and layer: by each descriptor the role, and each factor's numbers."""
     table = []
     numbers = {(r.descriptor, r.window, r.layer, r.factor): r for r in summary.itertuples()}
@@ -175,8 +208,10 @@ def _table(summary: pd.DataFrame, found: pd.DataFrame, factors: list[str], layer
     names = [d for d in _DESCRIPTORS if (summary.descriptor == d).any()]
     for window in windows:
         for la in layers:
-            cells = [{"role": role_of.get((d, window, la), NO_ROLE), "numbers": [numbers.get((d, window, la, f)) for f in factors]}
-                     for d in names]  # fmt: skip
+            cells = [
+                {"role": role_of.get((d, window, la), NO_ROLE), "numbers": [numbers.get((d, window, la, f)) for f in factors]}
+                for d in names
+            ]
             table.append({"window": window, "layer": la, "cells": cells})
     return table
 
@@ -199,7 +234,8 @@ def _data_uri(folder: Path, pair: dict[str, Any], name: str) -> str:
 
 def _style() -> dict[str, Any]:
     return {
-        "font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8a8880",
+        "font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.edgecolor": "#8a8880",
         "xtick.color": "#3b3a36", "ytick.color": "#3b3a36", "text.color": "#26251f", "axes.labelcolor": "#26251f",
         "svg.fonttype": "path", "svg.hashsalt": "probekit",
     }  # fmt: skip
@@ -242,7 +278,9 @@ def _roles_figure(summary: pd.DataFrame, found: pd.DataFrame, factors: list[str]
             spread = np.abs(np.vstack([by.transfer - by.low, by.high - by.transfer]))
             ax.errorbar(at, by.transfer, yerr=spread, fmt="none", ecolor="#26251f", elinewidth=1, capsize=2)
             ax.hlines(by.null, at - width * 0.43, at + width * 0.43, color="white", lw=2.6, zorder=3)
-            ax.hlines(by.null, at - width * 0.43, at + width * 0.43, color="#26251f", lw=1.1, zorder=4, linestyles=(0, (1.2, 0.8)))
+            ax.hlines(
+                by.null, at - width * 0.43, at + width * 0.43, color="#26251f", lw=1.1, zorder=4, linestyles=(0, (1.2, 0.8))
+            )
             harm.plot(at, by.damage, "o", ms=3.5, color=c)
         ax.set(ylim=(0, 1.1), xlim=(-0.6, len(layers) - 0.4), ylabel=f"transfer, by {_DESCRIPTORS[descriptor]}")
         ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
@@ -274,11 +312,19 @@ def _time_figure(summary: pd.DataFrame, windows: list[str], factors: list[str], 
 
     with plt.rc_context(_style()):
         figure, axes = plt.subplots(
-            1, len(factors), figsize=(2.2 + 2.1 * len(factors) * max(1, len(windows) / 4), 0.27 * len(layers) + 1.5), sharey=True,
-            layout="constrained", squeeze=False,
-        )  # fmt: skip
+            1,
+            len(factors),
+            figsize=(2.2 + 2.1 * len(factors) * max(1, len(windows) / 4), 0.27 * len(layers) + 1.5),
+            sharey=True,
+            layout="constrained",
+            squeeze=False,
+        )
         for ax, factor in zip(axes[0], factors, strict=True):
-            grid = summary[summary.factor == factor].pivot(index="layer", columns="window", values="transfer").reindex(layers)[windows]
+            grid = (
+                summary[summary.factor == factor]
+                .pivot(index="layer", columns="window", values="transfer")
+                .reindex(layers)[windows]
+            )
             shades = LinearSegmentedColormap.from_list(factor, ["#faf9f5", colour(factor, factors)])
             ax.imshow(grid, vmin=0, vmax=1, cmap=shades, aspect="auto")
             for (y, x), value in np.ndenumerate(grid.to_numpy()):

@@ -14,5 +14,6 @@ def weights(name: str) -> Path:
     """The folder of a bundled model's weights."""
     return WEIGHTS / name
 
+
 GUIDANCE = {"mini-sd": 3.0}
 """The guidance scale at which a bundled pipeline was measured."""

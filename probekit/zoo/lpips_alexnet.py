@@ -21,10 +21,8 @@ _PLACES = ("slice1.0", "slice2.3", "slice3.6", "slice4.8", "slice5.10")
 class _ArraysOnly(pickle.Unpickler):
     """Reads a pickle of plain containers and numpy arrays; refuses everything that could run code."""
 
-    _known = {"_reconstruct", "ndarray", "dtype"}
-
     def find_class(self, module: str, name: str) -> Any:
-        if name not in self._known or module.split(".")[0] != "numpy":
+        if name not in ("_reconstruct", "ndarray", "dtype") or module.split(".")[0] != "numpy":
             raise pickle.UnpicklingError(f"{module}.{name} has no place in a file of arrays")
         return np._core.multiarray._reconstruct if name == "_reconstruct" else getattr(np, name)  # type: ignore[attr-defined]
 

@@ -16,7 +16,7 @@ from probekit.zoo.training import Schedule, train
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
-SCHEDULE = Schedule(steps=7000, learning_rate=1e-3, warmup=300, ema=0.9995, bfloat16=True)
+SCHEDULE = Schedule(steps=6500, learning_rate=1.2e-3, warmup=300, ema=0.9995, bfloat16=True)
 BATCH = 32
 EMPTY_CAPTIONS = 0.1
 MIN_SNR = 5.0

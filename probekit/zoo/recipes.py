@@ -48,7 +48,9 @@ def _evaluate_mini_sd(n: int, seed: int) -> Table:
 
 RECIPES: dict[str, Recipe] = {
     "mini-sd": Recipe(
-        "StableDiffusionPipeline of 64x64 scenes: CLIP text model, U-Net, KL VAE 4x16x16, DDIM", _train_mini_sd, _evaluate_mini_sd
+        "StableDiffusionPipeline of 64x64 scenes: CLIP text model, U-Net, KL VAE 4x16x16, DDIM",
+        _train_mini_sd,
+        _evaluate_mini_sd,
     ),
     "scene-reader": Recipe(
         "CNN that reads place, size, kind, colour, ground and texture off a scene",

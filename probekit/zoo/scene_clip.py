@@ -17,7 +17,7 @@ from probekit.zoo.training import Schedule, train
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-SCHEDULE = Schedule(steps=1000, learning_rate=1.5e-3, ema=0.998, bfloat16=True)
+SCHEDULE = Schedule(steps=500, learning_rate=1.5e-3, ema=0.998, bfloat16=True)
 BATCH = 128
 WIDTH = 96
 MAX_TOKENS = 20
@@ -40,9 +40,7 @@ def tokenizer() -> CLIPTokenizer:
         vocabulary.append("".join(merge))
         spelled = [_merged(pieces, merge) for pieces in spelled]
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges, model_max_length=MAX_TOKENS
-    )
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges, model_max_length=MAX_TOKENS)
 
 
 def _merged(pieces: list[str], merge: tuple[str, str]) -> list[str]:
@@ -83,7 +81,9 @@ def loss(model: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str
     logits, target, truth = output.logits_per_text.float(), torch.arange(BATCH), labels(scenes)
     contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     embeddings = output.text_embeds, output.image_embeds
-    read = sum((F.cross_entropy(10 * h(e).float(), truth[a]) for a, h in model.heads.items() for e in embeddings), torch.zeros(()))
+    read = sum(
+        (F.cross_entropy(10 * h(e).float(), truth[a]) for a, h in model.heads.items() for e in embeddings), torch.zeros(())
+    )
     return contrast + 0.3 * read, {"contrast": contrast.item(), "top1": (logits.argmax(1) == target).float().mean().item()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from probekit.data.scenes import VALUES, labels, render, sample_scenes
 from probekit.zoo import weights
 from probekit.zoo.training import Schedule, train
 
-SCHEDULE = Schedule(steps=4000, learning_rate=2e-3, ema=0.998, bfloat16=True)
+SCHEDULE = Schedule(steps=2000, learning_rate=2e-3, ema=0.998, bfloat16=True)
 BATCH = 64
 
 
@@ -25,12 +26,13 @@ class SceneReader(nn.Module):
         super().__init__()
         widths = (3, 32, 64, 128, 128)
         layers: list[nn.Module] = []
-        for i, (inner, outer) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (inner, outer) in enumerate(itertools.pairwise(widths)):
             layers += [nn.Conv2d(inner, outer, 3, stride=2 if i < 3 else 1, padding=1), nn.GroupNorm(8, outer), nn.SiLU()]
         self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 8 * 8, 256), nn.SiLU())
         self.heads = nn.ModuleDict({a: nn.Linear(256, len(values)) for a, values in VALUES.items()})
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> dict[str, Float[Tensor, "n values"]]:
+        """Logits of every attribute's values."""
         if images.shape[-2:] != (64, 64):
             images = F.interpolate(images, (64, 64), mode="bilinear", antialias=True)
         features = self.features(images)

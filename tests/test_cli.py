@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+PROBEKIT = [sys.executable, "-c", "from probekit.cli import main; main()"]
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+
+def probekit(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PROBEKIT, *map(str, arguments)], capture_output=True, text=True, env=OFFLINE, cwd=cwd, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_sd: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd"
+    tiny_sd.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("pairs") / "pairs.yaml"
+    file.write_text(
+        "- {original: a red fish, edit: a red star, factor: content}\n"
+        "- {original: a blue ring, edit: a blue tree, factor: content, seed: 7}\n"
+        "- {original: a red fish at the left, edit: a red fish at the right, factor: structure, unrelated: a moon}\n"
+    )
+    return file
+
+
+def test_help_and_import_answer_without_torch() -> None:
+    heavy = ("torch", "diffusers", "transformers", "matplotlib", "pandas", "numpy")
+    code = f"import sys, probekit, probekit.cli; sys.exit(any(m in sys.modules for m in {heavy}))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    shown = probekit("--help")
+    assert shown.returncode == 0 and "inject" in shown.stdout and "layers" in shown.stdout
+
+
+def test_a_sweep_of_ones_own_pairs_from_start_to_report(tiny_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    sweep = ["inject", "sweep", "--model", tiny_folder, "--pairs-file", pairs_file, "--num-steps", "2", "--layers", "@mid",
+             "--layers", "@attentions", "--out", out]  # fmt: skip
+    done = probekit(*sweep)
+    assert done.returncode == 0, done.stderr
+    rows = pd.read_parquet(out / "results.parquet")
+    assert set(rows.factor) == {"content", "structure"} and set(rows.donor) == {"edit", "unrelated"}
+    assert rows.groupby("pair").seed.first().tolist() == [0, 7, 2]
+    last = rows[(rows.layer == "up_blocks.1.attentions.2") & (rows.descriptor == "lpips") & (rows.donor == "edit")]
+    assert (last.transfer > 0.99).all() and (last.damage < 0.01).all()  # the last layer's picture is E's
+    page = (out / "report.html").read_text()
+    assert "mid_block" in page and "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+    assert sorted(p.name for p in (out / "figures").iterdir()) == ["roles.png", "roles.svg"]
+
+    kept = {p: p.read_bytes() for p in out.rglob("*.parquet")}
+    again = probekit(*sweep)
+    assert again.returncode == 0 and {p: p.read_bytes() for p in out.rglob("*.parquet")} == kept
+    described = probekit("describe", out)
+    assert described.returncode == 0 and "mid_block" in described.stdout
+
+    other = probekit(*sweep, "--seed", "5")
+    assert other.returncode == 2 and "seed 0 there, 5 here" in other.stderr and other.stderr.count("\n") == 1
+    assert {p: p.read_bytes() for p in out.rglob("*.parquet")} == kept
+
+
+def test_by_time_gives_a_map_of_layers_and_windows(tiny_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    sweep = ["inject", "sweep", "--model", tiny_folder, "--pairs-file", pairs_file, "--num-steps", "4", "--layers", "@mid"]
+    done = probekit(*sweep, "--by-time", "--windows", "2", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert set(pd.read_parquet(tmp_path / "run" / "results.parquet").window) == {"0-1", "2-3"}
+    assert (tmp_path / "run" / "figures" / "time.svg").exists()
+
+
+def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(
+    tiny_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    sweep = ["inject", "sweep", "--model", tiny_folder, "--pairs-file", pairs_file, "--num-steps", "4", "--layers", "@resnets"]
+    whole = probekit(*sweep, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    out = tmp_path / "killed"
+    process = subprocess.Popen([*PROBEKIT, *map(str, sweep), "--out", str(out)], env=OFFLINE, stdout=subprocess.DEVNULL)
+    first = out / "units" / "content-00.parquet"
+    while not first.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert first.exists() and not (out / "results.parquet").exists()
+    finished = {p: p.stat().st_mtime_ns for p in (out / "units").glob("*.parquet")}
+    assert probekit(*sweep, "--out", out).returncode == 0
+    assert {p: p.stat().st_mtime_ns for p in finished} == finished  # not computed twice
+    for name in ("results.parquet", "figures/roles.svg", "figures/roles.png"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    pictures = sorted(p.relative_to(out) for p in (out / "images").rglob("*.png"))
+    assert pictures == sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole" / "images").rglob("*.png"))
+    assert all((out / p).read_bytes() == (tmp_path / "whole" / p).read_bytes() for p in pictures)
+
+
+def test_one_custom_injection_and_one_by_a_script(tiny_folder: Path, tmp_path: Path) -> None:
+    prompts = ["--model", tiny_folder, "--prompt-original", "a red fish", "--prompt-edit", "a blue star", "--num-steps", "2",
+               "--layers", "mid_block"]  # fmt: skip
+    assert (
+        probekit("inject", "image", *prompts, "--operation", "blend", "--weight", "0.5", "--out", tmp_path / "a.png").returncode
+        == 0
+    )
+    script = tmp_path / "mine.py"
+    script.write_text("def operation(target, source, context):\n    return target + 0.5 * (source - target)\n")
+    assert probekit("inject", "script", script, *prompts, "--out", tmp_path / "b.png").returncode == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    script.write_text("def operation(target, source, context):\n    return target[0]\n")
+    wrong = probekit("inject", "script", script, *prompts, "--out", tmp_path / "c.png")
+    assert wrong.returncode == 2 and "returned" in wrong.stderr and not (tmp_path / "c.png").exists()
+    script.write_text("def operation(target, source, context):\n    return source.nonsense\n")
+    broken = probekit("inject", "script", script, *prompts, "--out", tmp_path / "c.png")
+    assert broken.returncode == 2 and "mine.py" in broken.stderr and "nonsense" in broken.stderr
+
+
+def test_layers_are_listed(tiny_folder: Path) -> None:
+    listed = probekit("layers", tiny_folder)
+    assert listed.returncode == 0, listed.stderr
+    line = next(line for line in listed.stdout.splitlines() if "down_blocks.0.attentions.1" in line)
+    assert "attention" in line and "both, main, skip" in line and "8x16x16" in line
+
+
+def bad_inputs(tiny: Path, tmp: Path) -> dict[str, tuple[list[Any], str]]:
+    sweep = ["inject", "sweep", "--model", tiny, "--num-steps", "2", "--prompt-original", "a", "--prompt-edit", "b"]
+    missing, no_yaml, truncated = tmp / "missing.yaml", tmp / "no.yaml", tmp / "truncated"
+    missing.write_text("- {original: a red fish}\n")
+    no_yaml.write_text("- {original: [\n")
+    import shutil
+
+    shutil.copytree(tiny, truncated)
+    weights = truncated / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (tmp / "empty").mkdir()
+    (tmp / "file").write_text("x")
+    return {
+        "unknown model": (["inject", "sweep", "--model", "mini-sb"], "mini-sd"),
+        "unknown hub id": (["layers", "nobody/nothing"], "could not be loaded"),
+        "a folder that is no pipeline": (["layers", tmp / "empty"], "model_index.json"),
+        "a truncated file": (["layers", truncated], "could not be loaded"),
+        "no such layer": ([*sweep, "--layers", "mid_block.resnet.0"], "nearest: mid_block.resnets.0"),
+        "no such stream": ([*sweep, "--stream", "text"], "it has"),
+        "no such factor": (["inject", "sweep", "--factors", "style"], "structure, content, surface"),
+        "steps outside": ([*sweep, "--steps", "5-9", "--out", tmp / "steps"], "steps 0 to 1"),
+        "steps that are none": ([*sweep, "--steps", "early"], "0%-50%"),
+        "a missing key": ([*sweep[:6], "--pairs-file", missing], "pair 1: the key 'edit' is missing"),
+        "no yaml": ([*sweep[:6], "--pairs-file", no_yaml], "is no YAML"),
+        "no pairs file": ([*sweep[:6], "--pairs-file", tmp / "nowhere.yaml"], "cannot be read"),
+        "one prompt": ([*sweep[:-2]], "give both"),
+        "no permission": ([*sweep, "--layers", "@mid", "--out", tmp / "file" / "run"], "cannot be written"),
+        "a folder of one's own": ([*sweep, "--layers", "@mid", "--out", tmp], "is no run folder"),
+        "device": (["layers", tiny, "--device", "tpu9"], "device 'tpu9'"),
+        "dtype": (["layers", tiny, "--dtype", "int8"], "dtype 'int8'"),
+        "no run": (["describe", tmp / "empty"], "no config.json"),
+        "no zoo model": (["zoo", "evaluate", "mini-s"], "mini-sd"),
+        "operation": (["inject", "image", *sweep[2:], "--operation", "mix"], "replace, blend, add"),
+        "no script": (["inject", "script", tmp / "no.py", *sweep[2:]], "cannot be read"),
+        "a number that is none": ([*sweep, "--seed", "x"], "--seed"),
+    }
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tiny_folder: Path, tmp_path: Path) -> None:
+    for name, (arguments, said) in bad_inputs(tiny_folder, tmp_path).items():
+        before = sorted(p for p in tmp_path.rglob("*"))
+        answer = probekit(*arguments, cwd=tmp_path)
+        assert answer.returncode == 2, (name, answer.stderr)
+        assert said in answer.stderr, (name, answer.stderr)
+        assert "Traceback" not in answer.stderr, name
+        if name != "a number that is none":  # typer draws a box
+            assert answer.stderr.count("\n") == 1, (name, answer.stderr)
+        assert sorted(p for p in tmp_path.rglob("*")) == before, name
