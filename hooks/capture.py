@@ -109,7 +109,8 @@ def capture(
 
     def take(site: Site, value: Any, path: Sequence[int | str]) -> None:
         if clock.step in steps.resolve(clock.timesteps):
-            tensor = read(value, path).detach().unflatten(0, (clock.branches, rows))[:, list(kept)]
+            tensor = read(value, path).detach()
+            tensor = tensor.reshape(clock.branches, rows, *tensor.shape[1:])[:, list(kept)]
             tensor = tensor if to == "device" else tensor.half().cpu() if to == "half" else tensor.cpu()
             taken[_key(site, clock.step, clock.call)] = tensor.contiguous()
 

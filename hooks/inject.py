@@ -212,13 +212,13 @@ class _Engine:
                     kept.setdefault(index, tensor[index].clone())
         if all(_is_plain(write_.injection) for write_ in writes):
             # the common case, one gather: every target row points at its source row
-            index = list(range(tensor.shape[0]))
+            origins = list(range(tensor.shape[0]))
             for write_ in writes:
                 source = write_.injection.source
                 assert isinstance(source, Row)
                 for target, origin in zip(self.clock.indices(write_.row), self.clock.indices(source.index), strict=True):
-                    index[target] = origin
-            return tensor[torch.tensor(index, device=tensor.device)]
+                    origins[target] = origin
+            return tensor[torch.tensor(origins, device=tensor.device)]
         result = tensor.clone()
         for write_ in writes:
             where = self.clock.indices(write_.row)

@@ -169,7 +169,7 @@ def _main(name: str) -> dict[str, Stream]:
     return {"main": Stream((Site(name),))}
 
 
-def _unet(model: nn.Module) -> Iterator[_Found]:
+def _unet(model: Any) -> Iterator[_Found]:
     skips = _skip_sites(model)
 
     def encoder(name: str, skip: Site) -> dict[str, Stream]:
@@ -177,7 +177,7 @@ def _unet(model: nn.Module) -> Iterator[_Found]:
         return {"both": Stream((out,)), "main": Stream((out,), keeps=(skip,)), "skip": Stream((skip,))}
 
     yield "conv_in", "conv", encoder("conv_in", next(skips))
-    for i, block in enumerate(model.down_blocks):  # type: ignore[arg-type]
+    for i, block in enumerate(model.down_blocks):
         name = f"down_blocks.{i}"
         attentions = getattr(block, "attentions", None) or []
         count = 0
@@ -198,13 +198,13 @@ def _unet(model: nn.Module) -> Iterator[_Found]:
 
     if model.mid_block is not None:
         attentions = getattr(model.mid_block, "attentions", None) or []
-        for j in range(len(model.mid_block.resnets)):  # type: ignore[arg-type]
+        for j in range(len(model.mid_block.resnets)):
             if 0 < j <= len(attentions) and attentions[j - 1] is not None:
                 yield f"mid_block.attentions.{j - 1}", "attention", _main(f"mid_block.attentions.{j - 1}")
             yield f"mid_block.resnets.{j}", "resnet", _main(f"mid_block.resnets.{j}")
         yield "mid_block", "mid", _main("mid_block")
 
-    for i, block in enumerate(model.up_blocks):  # type: ignore[arg-type]
+    for i, block in enumerate(model.up_blocks):
         name = f"up_blocks.{i}"
         attentions = getattr(block, "attentions", None) or []
         for j in range(len(block.resnets)):
@@ -217,14 +217,14 @@ def _unet(model: nn.Module) -> Iterator[_Found]:
     yield "conv_out", "conv", _main("conv_out")
 
 
-def _skip_sites(model: nn.Module) -> Iterator[Site]:
+def _skip_sites(model: Any) -> Iterator[Site]:
     """Where each skip tensor, in the order the encoder makes them, enters the decoder.
 
     Every up block takes as many from the end of the stack as it has resnets.
     """
     taken = [
         (f"up_blocks.{i}", j)
-        for i, block in reversed(list(enumerate(model.up_blocks)))  # type: ignore[arg-type]
+        for i, block in reversed(list(enumerate(model.up_blocks)))
         for j in range(len(block.resnets))
     ]
     for name, j in taken:

@@ -36,8 +36,8 @@ def interval(values: Sequence[float], *, seed: int = 0, resamples: int = 2000) -
         return math.nan, math.nan, math.nan
     if len(kept) == 1 or np.ptp(kept) == 0:
         # one pair tells nothing of the next; equal values leave nothing to resample
-        spread = (0.0, 1.0) if len(kept) == 1 else (kept[0], kept[0])
-        return float(kept.mean()), *map(float, spread)
+        value = float(kept.mean())
+        return (value, 0.0, 1.0) if len(kept) == 1 else (value, value, value)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         bounds = bootstrap((kept,), np.mean, n_resamples=resamples, method="percentile", rng=seed).confidence_interval
@@ -61,7 +61,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
         null, null_low, null_high = interval(by["unrelated"].transfer.tolist())
         harm, harm_low, harm_high = interval(by["edit"].damage.tolist())
         summary.append(
-            dict(zip(keys, key, strict=True))  # type: ignore[call-overload]
+            dict(zip(keys, key, strict=True))
             | {"transfer": mean, "low": low, "high": high, "null": null, "null_low": null_low, "null_high": null_high}
             | {"damage": harm, "damage_low": harm_low, "damage_high": harm_high, "pairs": by["edit"].pair.nunique()}
         )

@@ -102,8 +102,8 @@ class TextToImage:
         **options: Any,
     ) -> hooks.Swept:
         """`hooks.sweep` over (prompt, seed) pairs, with images in [-1, 1]; options are its and the pipeline's."""
-        rows = {"original": self.row(*original), "edit": self.row(*edit)}
-        swept = hooks.sweep(self.pipeline, **rows, rules=rules, **options)
+        o, e = self.row(*original), self.row(*edit)
+        swept = hooks.sweep(self.pipeline, original=o, edit=e, rules=rules, **options)
         return hooks.Swept(swept.edit.float() * 2 - 1, swept.images.float() * 2 - 1)
 
     def _encode(self, prompt: str) -> dict[str, Any]:

@@ -62,9 +62,9 @@ def conclusions(rows: pd.DataFrame) -> list[dict[str, Any]]:
     summary = summarise(rows[rows.descriptor == main_descriptor(rows)])
     found = roles(summary)
     factors = _factors(summary)
-    told = []
+    told: list[dict[str, Any]] = []
     for role in [*factors, EVERYTHING]:
-        carriers = []
+        carriers: list[dict[str, Any]] = []
         for _, r in found[found.role == role].iterrows():
             of_layer = summary[(summary.layer == r.layer) & (summary.window == r.window)]
             worst = (
@@ -292,7 +292,7 @@ def _roles_figure(summary: pd.DataFrame, found: pd.DataFrame, factors: list[str]
             for x in range(1, len(layers)):
                 if part_of(layers[x]) != part_of(layers[x - 1]):
                     axis.axvline(x - 0.5, color="#8a8880", lw=0.8, ls=(0, (4, 3)))
-        handles = [Rectangle((0, 0), 1, 1, color=colour(f, factors)) for f in factors]
+        handles: list[Any] = [Rectangle((0, 0), 1, 1, color=colour(f, factors)) for f in factors]
         handles.append(Line2D([], [], color="#26251f", lw=1.1, ls=(0, (1.2, 0.8))))
         if EVERYTHING in role_of.values():
             handles.append(Rectangle((0, 0), 1, 1, color=COLOURS[EVERYTHING]))

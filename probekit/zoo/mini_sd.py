@@ -79,11 +79,11 @@ class Denoising:
         timesteps = torch.randint(1000, (BATCH,), generator=generator)
         empty = torch.rand(BATCH, generator=generator) < EMPTY_CAPTIONS
         tokens = self.tokens[torch.where(empty, len(self.tokens) - 1, index % (len(self.tokens) - 1))]
-        dtype = next(model.parameters()).dtype
+        models, dtype = dict(model.named_children()), next(model.parameters()).dtype
         noisy = self.scheduler.add_noise(latents, noise, timesteps).to(dtype)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
-        text = model["text_encoder"](tokens)[0]  # type: ignore[operator,index]
-        predicted = model["unet"](noisy, timesteps, text, return_dict=False)[0]  # type: ignore[operator,index]
+        text = models["text_encoder"](tokens)[0]
+        predicted = models["unet"](noisy, timesteps, text, return_dict=False)[0]
         error = (predicted.float() - target).square().mean((1, 2, 3))
         snr = self.snr[timesteps]
         return (error * snr.clamp(max=MIN_SNR) / (snr + 1)).mean(), {"v": error.mean().item()}
@@ -113,17 +113,18 @@ def train_and_save(folder: Path, checkpoints: Path, *, seed: int = 0, vae_folder
     from transformers import CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(seed)
-    model = nn.ModuleDict({"unet": unet(), "text_encoder": CLIPTextModel.from_pretrained(clip_folder).float()})
+    denoiser, text_encoder = unet(), CLIPTextModel.from_pretrained(clip_folder).float()
+    model = nn.ModuleDict({"unet": denoiser, "text_encoder": text_encoder})
     # plain attention: on CPUs the fused kernel's backward pass in bfloat16 is the slower one
-    model["unet"].set_attn_processor(AttnProcessor())
+    denoiser.set_attn_processor(AttnProcessor())
     loss = Denoising(vae_folder, clip_folder, checkpoints / "scene-codes.safetensors")
     train(model, loss, SCHEDULE, checkpoint=checkpoints / "mini-sd.pt", seed=seed, title="mini-sd")
-    model["unet"].set_default_attn_processor()
+    denoiser.set_default_attn_processor()
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(vae_folder),
-        text_encoder=model["text_encoder"],
+        text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(clip_folder),
-        unet=model["unet"],
+        unet=denoiser,
         scheduler=scheduler(),
         safety_checker=None,
         feature_extractor=None,

@@ -57,9 +57,9 @@ def train(
     again from `checkpoint` ends with the weights of an uninterrupted one (same machine). The checkpoint is replaced
     atomically every `save_every_seconds`.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    parameters: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
     worker = copy.deepcopy(module).bfloat16() if schedule.bfloat16 else module
-    worker_parameters = [p for p in worker.parameters() if p.requires_grad]
+    worker_parameters: list[Tensor] = [p for p in worker.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(
         parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.99), fused=True
@@ -99,9 +99,10 @@ def train(
                 torch._foreach_copy_([p.data for p in worker_parameters], parameters)
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             value, shown = loss(worker, generator)
-            value.backward()
-            for p, w in zip(parameters, worker_parameters, strict=True):
-                p.grad, w.grad = (None if w.grad is None else w.grad.float()), (None if w is not p else w.grad)
+            torch.autograd.backward(value)
+            if worker is not module:
+                for p, w in zip(parameters, worker_parameters, strict=True):
+                    p.grad, w.grad = None if w.grad is None else w.grad.float(), None
             nn.utils.clip_grad_norm_(parameters, 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate * schedule.factor(step)

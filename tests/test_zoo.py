@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from probekit import hooks, load
+from probekit.data.scenes import VALUES, all_scenes, labels, sample_scenes
+from probekit.metrics.roles import NO_ROLE, roles, summarise
+from probekit.zoo import GUIDANCE, WEIGHTS, scene_clip, scene_reader, weights
+from tests.test_cli import probekit
+
+TRAINING = """
+import sys, torch
+from pathlib import Path
+from probekit.zoo.scene_reader import SceneReader, loss
+from probekit.zoo.training import Schedule, train
+torch.manual_seed(0)
+schedule = Schedule(steps=24, learning_rate=1e-3, warmup=4, ema=0.9, bfloat16=sys.argv[2] == "bfloat16")
+reader = train(SceneReader(), loss, schedule, checkpoint=Path(sys.argv[1]) / "reader.pt", save_every_seconds=0)
+torch.save(reader.state_dict(), Path(sys.argv[1]) / "done.pt")
+"""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_training_killed_and_started_again_gives_the_weights_of_an_uninterrupted_one(tmp_path: Path, dtype: str) -> None:
+    def start(name: str) -> subprocess.Popen[bytes]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        command = [sys.executable, "-c", TRAINING, str(tmp_path / name), dtype]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+    assert start("whole").wait() == 0
+    killed = start("killed")
+    while not (tmp_path / "killed" / "reader.pt").exists() and killed.poll() is None:
+        time.sleep(0.005)
+    time.sleep(0.3)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed" / "done.pt").exists(), "it was over before it could be killed"
+    assert 0 < torch.load(tmp_path / "killed" / "reader.pt", weights_only=True)["step"] < 24
+    assert start("killed").wait() == 0
+    one, two = (torch.load(tmp_path / name / "done.pt", weights_only=True) for name in ("whole", "killed"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_all_weights_together_stay_below_90_mib() -> None:
+    assert 0 < sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) < 90 * 2**20
+
+
+def test_every_word_of_a_caption_is_one_token() -> None:
+    tokenizer = scene_clip.tokenizer()
+    words = {word for scene in all_scenes() for word in scene.caption.split()}
+    assert all(len(tokenizer(word).input_ids) == 3 for word in words)  # start, word, end
+    assert max(len(tokenizer(s.caption).input_ids) for s in all_scenes()[::50]) <= scene_clip.MAX_TOKENS
+    # other words are spelled, none is lost
+    assert tokenizer.decode(tokenizer("astronaut").input_ids, skip_special_tokens=True).replace(" ", "") == "astronaut"
+
+
+def test_the_scene_reader_reads_held_out_scenes() -> None:
+    for attribute, share, bar in scene_reader.evaluate(n=1000, seed=5):
+        assert bar is not None and share >= bar, attribute
+
+
+def test_the_scene_clip_tells_captions_apart() -> None:
+    for what, share, _ in scene_clip.evaluate(n=300, seed=5):
+        assert share > 0.8, what
+
+
+def test_mini_sd_paints_what_its_caption_says() -> None:
+    """On 60 captions that training never saw, to within three standard errors of the bars that `zoo evaluate` prints."""
+    model, reader = load("mini-sd", device="cpu"), scene_reader.load(weights("scene-reader"))
+    scenes = sample_scenes(60, torch.Generator().manual_seed(9), held_out=True)
+    images = model.generate([s.caption for s in scenes], range(60), num_inference_steps=20, guidance_scale=GUIDANCE["mini-sd"])
+    assert images.shape == (60, 3, 64, 64) and images.min() >= -1 and images.max() <= 1
+    seen, truth = reader.read(images), labels(scenes)
+    for attribute, bar in {"kind": 0.9, "colour": 0.95, "place": 0.95, "ground": 0.95, "texture": 0.95}.items():
+        share = (seen[attribute] == truth[attribute]).float().mean().item()
+        assert share >= bar - 3 * (bar * (1 - bar) / 60) ** 0.5, attribute
+
+
+def test_a_prompt_is_encoded_once() -> None:
+    model = load("mini-sd", device="cpu")
+    calls = []
+    handle = model.pipeline.text_encoder.register_forward_hook(lambda m, a, o: calls.append(1))
+    fish, moon = all_scenes()[0].caption, all_scenes()[-1].caption
+    model.sweep((fish, 0), (moon, 0), [[], []], num_inference_steps=1, guidance_scale=3.0)
+    model.sweep((moon, 1), (fish, 1), [[]], num_inference_steps=1, guidance_scale=3.0)
+    handle.remove()
+    assert len(calls) == 4  # two prompts and, with each, the empty one for guidance
+
+
+def test_injecting_e_into_itself_gives_e_at_every_layer_of_mini_sd() -> None:
+    model = load("mini-sd", device="cpu")
+    caption = all_scenes()[123].caption
+    rules = [[hooks.Injection(la.name)] for la in model.layers]
+    swept = model.sweep((caption, 0), (caption, 0), rules, num_inference_steps=3, guidance_scale=3.0)
+    assert all(torch.equal(image, swept.edit) for image in swept.images)
+
+
+@pytest.fixture(scope="session")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "mini-sd"
+    done = probekit("inject", "sweep", "--pairs", "4", "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_roles_of_mini_sd_agree_between_two_halves_of_the_pairs(swept: Path) -> None:
+    rows = pd.read_parquet(swept / "results.parquet")
+    rows = rows[rows.descriptor == "reader"]
+    number = rows.pair.str[-2:].astype(int)
+    halves = [summarise(rows[number % 2 == k]).set_index(["layer", "factor"]).transfer for k in (0, 1)]
+    a, b = (half.sort_index().to_numpy() for half in halves)
+    assert len(a) == 18 * 3
+    assert np.corrcoef(a, b)[0, 1] > 0.7
+    # no layer that has a role on all pairs leads in another factor on either half
+    found = roles(summarise(rows))
+    for layer in found[~found.role.isin([NO_ROLE, "everything"])].itertuples():
+        assert all(half[layer.layer].idxmax() == layer.role for half in halves), layer.layer
+    assert (found.role != NO_ROLE).any()
+
+
+def test_the_same_seed_gives_the_same_bytes(swept: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    layers = ["--layers", "mid_block.*", "--layers", "up_blocks.1.resnets.*"]
+    for out in (again, tmp_path / "and-again"):
+        assert probekit("inject", "sweep", "--pairs", "1", *layers, "--out", out).returncode == 0
+    for name in ("results.parquet", "figures/roles.png", "figures/roles.svg"):
+        assert (again / name).read_bytes() == (tmp_path / "and-again" / name).read_bytes(), name
+
+
+def test_the_known_factors_of_a_scene_have_a_label_each() -> None:
+    assert set(labels(list(all_scenes()[:3]))) == set(VALUES)
