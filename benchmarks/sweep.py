@@ -116,7 +116,7 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             results[way] = pool.apply(measure, (way, options, asked.repeats))
     ours = results["probekit, one batch"]
-    print(f"| {'way':26} | seconds (median of {asked.repeats}) | of probekit's | peak memory | activations held | largest difference |")
+    print(f"| {'way':26} | median seconds | of probekit's | peak memory | activations held | largest difference |")
     print("|---|---|---|---|---|---|")
     for way, (seconds, peak, held, images) in results.items():
         median = statistics.median(seconds)

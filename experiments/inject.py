@@ -85,15 +85,17 @@ def sweep(
     from probekit.runs import Run, default_folder
 
     chosen = make_pairs(pairs, factors, prompt_original, prompt_edit, pairs_file, seed)
-    window_steps = _windows(steps, num_steps, windows if by_time else 1)
+    window_steps = make_windows(steps, num_steps, windows if by_time else 1)
     loaded = load(model, device=device, dtype=dtype)
+    check_steps(loaded, window_steps, num_steps)
     names = [la.name for la in hooks.select(loaded.layers, layers or hooks.default_layers(loaded.denoiser))]
     for la in loaded.layers:
         if la.name in names:
             la.stream(stream)
+    scale = loaded.defaults.get("guidance_scale") if guidance is None else guidance
     options: dict[str, Any] = {
         "model": model, "digest": loaded.digest, "pairs": [vars(p) for p in chosen], "layers": names, "stream": stream,
-        "windows": list(window_steps), "num_steps": num_steps, "guidance": guidance_scale(model, guidance), "seed": seed,
+        "windows": list(window_steps), "num_steps": num_steps, "guidance": scale, "seed": seed,
         "separate_noise": separate_noise, "dtype": str(loaded.pipeline.dtype).removeprefix("torch."),
     }  # fmt: skip
     folder = out or default_folder("inject-sweep", Path(model).name, options)
@@ -183,8 +185,9 @@ def _one_picture(
     chosen = hooks.select(loaded.layers, layers or hooks.default_layers(loaded.denoiser))
     rule = [hooks.Injection(la.name, steps=when, stream=stream, operation=operation) for la in chosen]
     options: dict[str, Any] = {"num_inference_steps": num_steps}
-    if (scale := guidance_scale(model, guidance)) is not None:
-        options["guidance_scale"] = scale
+    if guidance is not None:
+        options["guidance_scale"] = guidance
+    check_steps(loaded, {steps: when}, num_steps)
     swept = loaded.sweep((original, seed), (edit, seed), [[], rule], **options)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -209,10 +212,14 @@ def make_pairs(count: int, factors: str, original: str | None, edit: str | None,
 
 
 _UNRELATED = "a small black cross at the bottom on a striped yellow ground"
+"""The null's donor where nothing better is known."""
 
 
 def scene_pairs(factors: list[str], count: int, seed: int) -> list[Pair]:
-    """`count` controlled pairs of scenes for each factor; the unrelated donor differs from both in every attribute."""
+    """`count` controlled pairs of scenes for each factor.
+
+    The unrelated donor differs from both in every attribute but size, which has two values only.
+    """
     for factor in factors:
         if factor not in FACTORS:
             raise ProbekitError(f"--factors {factor!r}: choose from {', '.join(FACTORS)}")
@@ -246,51 +253,65 @@ def read_pairs(file: Path, seed: int) -> list[Pair]:
         raise ProbekitError(f"--pairs-file {str(file)!r}: is no YAML ({' '.join(str(error).split())[:120]})") from error
     if not isinstance(entries, list) or not entries:
         raise ProbekitError(f"--pairs-file {str(file)!r}: must be a list of pairs, each with original and edit")
+    for i, entry in enumerate(entries):
+        _check_entry(f"--pairs-file {str(file)!r}, pair {i + 1}", entry)
     pairs: list[Pair] = []
     for i, entry in enumerate(entries):
-        where = f"--pairs-file {str(file)!r}, pair {i + 1}"
-        if not isinstance(entry, dict):
-            raise ProbekitError(f"{where}: must have the keys original and edit")
-        for key in ("original", "edit"):
-            if not isinstance(entry.get(key), str):
-                raise ProbekitError(f"{where}: the key {key!r} is missing or no text")
-        if unknown := set(entry) - {"original", "edit", "factor", "unrelated", "seed"}:
-            raise ProbekitError(f"{where}: unknown key {sorted(unknown)[0]!r}; known: original, edit, factor, unrelated, seed")
-        factor = str(entry.get("factor", OWN))
-        number = sum(p.factor == factor for p in pairs)
-        following = entries[(i + 1) % len(entries)]
-        unrelated = entry.get("unrelated") or (following.get("edit") if len(entries) > 1 else None) or _UNRELATED
-        name = "".join(c if c.isalnum() else "_" for c in factor)
-        pairs.append(
-            Pair(f"{name}-{number:02d}", factor, entry["original"], entry["edit"], unrelated, int(entry.get("seed", seed + i)))
+        factor = entry.get("factor", OWN)
+        name = "".join(c if c.isalnum() else "_" for c in factor) + f"-{i:02d}"
+        others = (
+            other["edit"] for other in entries if not {other["original"], other["edit"]} & {entry["original"], entry["edit"]}
         )
+        unrelated = entry.get("unrelated") or next(others, _UNRELATED)
+        pairs.append(Pair(name, factor, entry["original"], entry["edit"], unrelated, entry.get("seed", seed + i)))
     return pairs
 
 
-def _windows(steps: str, num_steps: int, count: int) -> dict[str, hooks.Steps]:
-    """The steps asked for, or `count` equal parts of them, by the label they have in the results."""
+def _check_entry(where: str, entry: Any) -> None:
+    """Raise ProbekitError, naming the key, where a pair from a file is not in order."""
+    kinds: dict[str, type] = {"original": str, "edit": str, "factor": str, "unrelated": str, "seed": int}
+    if not isinstance(entry, dict):
+        raise ProbekitError(f"{where}: must have the keys original and edit")
+    for key in ("original", "edit"):
+        if key not in entry:
+            raise ProbekitError(f"{where}: the key {key!r} is missing")
+    for key, value in entry.items():
+        if key not in kinds:
+            raise ProbekitError(f"{where}: unknown key {key!r}; known: {', '.join(kinds)}")
+        if not isinstance(value, kinds[key]) or (isinstance(value, int) and value < 0):
+            raise ProbekitError(f"{where}: {key} {value!r} must be {'a whole number from 0' if key == 'seed' else 'text'}")
+
+
+def make_windows(steps: str, num_steps: int, count: int) -> dict[str, hooks.Steps]:
+    """The steps asked for, by the label they have in the results; with `count` > 1 also that many equal parts of them."""
     from probekit.hooks import Steps
 
     chosen = Steps.parse(steps)
     if chosen.timesteps is None:
         chosen.resolve(range(num_steps))
-    if count == 1:
-        return {steps: chosen}
-    if chosen.timesteps is not None:
-        raise ProbekitError("--by-time: give --steps as indices or percent, timesteps are not known before the run")
-    indices = sorted(chosen.resolve(range(num_steps)))
-    if len(indices) < count:
-        raise ProbekitError(f"--windows {count}: there are only {len(indices)} steps to cut")
-    cuts = [round(k * len(indices) / count) for k in range(count + 1)]
-    parts = [indices[a:b] for a, b in itertools.pairwise(cuts)]
-    return {f"{p[0]}-{p[-1]}": Steps(indices=tuple(p)) for p in parts}
+    windows = {steps: chosen}
+    if count > 1:
+        if chosen.indices is not None or chosen.timesteps is not None:
+            raise ProbekitError(f"--steps {steps!r}: with --by-time, give percents such as 0%-50%, or all")
+        start, stop = chosen.fraction or (0.0, 1.0)
+        cuts = [start + (stop - start) * k / count for k in range(count + 1)]
+        for part in itertools.pairwise(cuts):
+            windows[f"{100 * part[0]:.3g}%-{100 * part[1]:.3g}%"] = Steps(fraction=part)
+        if any(not any(a <= i / num_steps < b for i in range(num_steps)) for a, b in itertools.pairwise(cuts)):
+            raise ProbekitError(f"--windows {count}: some hold no step, there are too few of them in {steps}")
+    return windows
 
 
-def guidance_scale(model: str, given: float | None) -> float | None:
-    """The guidance scale to use; None leaves it to the pipeline."""
-    from probekit.zoo import GUIDANCE
+def check_steps(model: TextToImage, windows: dict[str, hooks.Steps], num_steps: int) -> None:
+    """Raise HookError, before anything is written, where a window lies outside the pipeline's schedule."""
+    from probekit.hooks.steps import distinct_timesteps
 
-    return given if given is not None else GUIDANCE.get(model)
+    try:
+        model.pipeline.scheduler.set_timesteps(num_steps)
+    except (TypeError, ValueError):  # Flux's schedule depends on the picture's size and is known only to the pipeline
+        return
+    for steps in windows.values():
+        steps.resolve(distinct_timesteps(model.pipeline.scheduler))
 
 
 def run_pairs(
@@ -365,19 +386,25 @@ def _score(descriptor: Descriptor, o: Any, e: Any, images: Any) -> list[dict[str
     for seen in descriptor.features(images):
         to_o, to_e = descriptor.distance(seen_o, seen), descriptor.distance(seen_e, seen)
         scores.append({"to_original": to_o, "to_edit": to_e, "between": between,
-                       "transfer": transfer(to_o, to_e), "damage": damage(to_o, to_e, between)})  # fmt: skip
+                       "transfer": transfer(to_o, to_e, between), "damage": damage(to_o, to_e, between)})  # fmt: skip
     return scores
 
 
 def _descriptors(model: TextToImage, pair: Pair) -> list[Descriptor]:
-    """The descriptors that apply: the scene reader only to controlled pairs of scenes on a model of scenes."""
+    """The descriptors that apply: the scene reader to pairs of scenes, on a model of scenes, in what their factor changes."""
     from probekit.data.scenes import FACTORS as ATTRIBUTES
+    from probekit.data.scenes import Scene
     from probekit.zoo import PIPELINES, weights
 
     if model.name not in PIPELINES:
         return _general_descriptors("openai/clip-vit-base-patch32")
     general = _general_descriptors(str(weights("scene-clip")))
-    return [_reader_descriptor(ATTRIBUTES[pair.factor]), *general] if pair.factor in ATTRIBUTES else general
+    try:
+        original, edit = vars(Scene.parse(pair.original)), vars(Scene.parse(pair.edit))
+    except ProbekitError:
+        return general
+    differ = tuple(a for a in original if original[a] != edit[a] and a in ATTRIBUTES.get(pair.factor, original))
+    return [_reader_descriptor(differ), *general] if differ else general
 
 
 @functools.cache
@@ -400,15 +427,18 @@ def _reader_descriptor(attributes: tuple[str, ...]) -> Descriptor:
 
 def rows_at_a_time(model: TextToImage) -> int:
     """Batch rows that a model of this size is given by default: 64 at 16x16 latents, 8 at 64x64, 2 at 128x128."""
-    size = getattr(model.denoiser.config, "sample_size", None) or 64
+    size = getattr(model.denoiser.config, "sample_size", None) or 128
     side = size if isinstance(size, int) else max(size)
     return max(2, min(64, 32_768 // side**2))
 
 
 def show(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> None:
     """Write the report of a finished sweep and print its result."""
-    from probekit.report.injection import print_roles, write_report
+    from probekit.report.injection import Findings, print_roles, write_report
+    from probekit.runs import writing
 
-    report = write_report(folder, config, rows)
-    print_roles(config, rows)
+    findings = Findings.of(config, rows)
+    with writing(folder):
+        report = write_report(folder, config, findings)
+    print_roles(findings)
     typer.echo(f"\nreport: {report}")

@@ -1,4 +1,4 @@
-"""Capture: keep the activations of chosen layers over chosen steps, in memory, in half precision or on disk."""
+"""Capturing: keep the activations of chosen layers over chosen steps, in memory, in half precision or on disk."""
 
 from __future__ import annotations
 
@@ -102,6 +102,8 @@ def capture(
     folder = to if isinstance(to, Path) else None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise HookError(f"folder {str(folder)!r} is not empty: a capture needs one of its own")
     captured = Captured(known, {layer.name: stream for layer in chosen}, list(kept), folder)
     sites = {site for layer in chosen for site in layer.stream(stream).writes}
     clock = Clock(denoiser, schedule, rows)

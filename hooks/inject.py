@@ -64,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Stored:
-    """Take the activation that a `Capture` kept of a row at the same layer, step and call."""
+    """Take the activation that `capture` kept of a row at the same layer, step and call."""
 
     captured: Captured
     row: int = 0

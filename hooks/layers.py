@@ -43,8 +43,8 @@ class HookError(ValueError):
 class Site:
     """One tensor at a module's border.
 
-    `path` leads into the module's output (item numbers; an empty path means the output itself, or the first item of a
-    tuple or output object), or into its input (the argument's name, then item numbers).
+    `path` leads into the module's output (item numbers; an empty path means the output itself, or the only
+    tensor of a tuple or output object), or into its input (the argument's name, then item numbers).
     """
 
     module: str
@@ -129,8 +129,11 @@ def read(value: Any, path: Sequence[int | str] = ()) -> Tensor:
     """The tensor at the end of `path` in a module's output (or in its bound arguments)."""
     for key in path:
         value = value[key]
-    while not isinstance(value, Tensor):
-        value = value[0]
+    if not isinstance(value, Tensor):
+        tensors = [item for item in (value.values() if isinstance(value, dict) else value) if isinstance(item, Tensor)]
+        if len(tensors) != 1:
+            raise HookError(f"a layer returned {len(tensors)} tensors, and which carries the image is not known for this model")
+        value = tensors[0]
     return value
 
 
@@ -139,7 +142,7 @@ def write(value: Any, path: Sequence[int | str], tensor: Tensor) -> Any:
     if not path:
         if isinstance(value, Tensor):
             return tensor
-        path = (0,)
+        path = (next(i for i, item in enumerate(value.values() if isinstance(value, dict) else value) if item is not None),)
     key, rest = path[0], path[1:]
     if isinstance(value, dict):
         if isinstance(key, int):
@@ -223,9 +226,7 @@ def _skip_sites(model: Any) -> Iterator[Site]:
     Every up block takes as many from the end of the stack as it has resnets.
     """
     taken = [
-        (f"up_blocks.{i}", j)
-        for i, block in reversed(list(enumerate(model.up_blocks)))
-        for j in range(len(block.resnets))
+        (f"up_blocks.{i}", j) for i, block in reversed(list(enumerate(model.up_blocks))) for j in range(len(block.resnets))
     ]
     for name, j in taken:
         yield Site(name, ("res_hidden_states_tuple", j), "input")
@@ -293,6 +294,10 @@ def output_shapes(model: nn.Module, chosen: Sequence[Layer], run: Callable[[], A
 
 def attach(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """The modules of those names. Raises HookError for a compiled model, which ignores hooks added after compilation."""
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or getattr(model, "_compiled_call_impl", None):
-        raise HookError("a compiled denoiser ignores hooks: pass the model as it was before torch.compile")
-    return {name: model.get_submodule(name) for name in names}
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        raise HookError(f"a compiled {type(model._orig_mod).__name__} ignores hooks: pass it as it was before torch.compile")
+    modules = {name: model.get_submodule(name) for name in names}
+    for module in (model, *modules.values()):
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise HookError(f"a compiled {type(module).__name__} ignores hooks: load the model without compiling it")
+    return modules

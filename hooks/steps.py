@@ -15,7 +15,7 @@ from .layers import HookError, bind
 
 @dataclass(frozen=True)
 class Steps:
-    """A set of denoising steps; with nothing given, all of them. Exactly one of the fields may be given.
+    """A set of denoising steps; with nothing given, all of them. At most one of the fields may be given.
 
     indices: step numbers from 0, the noisiest, in the order of generation.
     fraction: (start, stop) of the schedule in [0, 1]; step i of n is in it when start <= i/n < stop.
@@ -45,7 +45,7 @@ class Steps:
             return cls(fraction=(float(match[1]) / 100, float(match[2]) / 100))
         if match := re.fullmatch(rf"t{number}-{number}", text):
             return cls(timesteps=(float(match[1]), float(match[2])))
-        if re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        if re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", text):
             indices: list[int] = []
             for part in text.split(","):
                 first, _, last = part.partition("-")
@@ -121,11 +121,12 @@ class Clock:
     def _step(self, timestep: float) -> int:
         # read anew at every call: the pipeline sets the scheduler's timesteps after the hooks are in place
         self._timesteps = timesteps = distinct_timesteps(self.schedule)
-        # Flux hands its denoiser the timestep divided by 1000, and half precision rounds it
-        for scale in (1.0, 1000.0):
-            nearest = min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - timestep * scale))
-            if abs(timesteps[nearest] - timestep * scale) <= 0.004 * abs(timesteps[nearest]) + 1e-4:
-                return nearest
+        if type(self.denoiser).__name__.startswith("Flux"):
+            timestep *= 1000  # its pipeline hands it the timestep divided by 1000
+        nearest = min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - timestep))
+        # half precision rounds what the denoiser is given
+        if abs(timesteps[nearest] - timestep) <= 0.004 * abs(timesteps[nearest]) + 1e-4:
+            return nearest
         raise HookError(
             f"timestep {timestep:g} is not in the schedule ({timesteps[0]:g} down to {timesteps[-1]:g}, {len(timesteps)} steps)"
         )

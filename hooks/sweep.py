@@ -71,6 +71,9 @@ def sweep(
 def stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The rows' arguments as one batch: tensors joined along their first dimension, everything else listed."""
     stacked: dict[str, Any] = {}
+    for row in rows[1:]:
+        if differ := sorted(set(row) ^ set(rows[0])):
+            raise HookError(f"original and edit must have the same arguments: only one of them has {', '.join(differ)}")
     for key in rows[0]:
         values = [row[key] for row in rows]
         if isinstance(values[0], Tensor):

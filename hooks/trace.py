@@ -14,6 +14,7 @@ def trace(model: Any) -> Any:
 
     A module gives an `nnsight.NNsight`, a pipeline an `nnsight` model whose `.generate(...)` runs it and whose `.unet` or
     `.transformer` carries the layers under the names that `layers` lists. Use `layer(traced, name)` for a name with dots.
+    nnsight puts wrappers of its own in the place of the modules' forwards and leaves them there; hooks work beside them.
     """
     from nnsight import NNsight
     from nnsight.modeling.diffusion import DiffusionModel, _PipelineModule

@@ -33,15 +33,14 @@ class Run:
         self.folder = folder
         self.config: dict[str, Any] = {"experiment": experiment, "probekit": __version__, "options": dict(options)}
         stored = folder / "config.json"
-        if stored.exists():
-            self._refuse_another(_read_config(folder))
-        elif folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
-            raise ProbekitError(f"--out {str(folder)!r}: exists and is no run folder; name a new or an empty one")
-        else:
-            with _writing(folder):
+        with writing(folder):
+            if stored.exists():
+                self._refuse_another(_read_config(folder))
+            elif folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+                raise ProbekitError(f"--out {str(folder)!r}: exists and is no run folder; name a new or an empty one")
+            else:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_whole(stored, json.dumps(self.config | {"command": list(command)}, indent=2).encode())
-        with _writing(folder):
             (folder / "units").mkdir(exist_ok=True)
             (folder / "images").mkdir(exist_ok=True)
 
@@ -63,7 +62,7 @@ class Run:
         """Keep a finished unit: its pictures, (3, h, w) in [-1, 1] by name, then its rows."""
         from probekit.report.images import save_png
 
-        with _writing(self.folder):
+        with writing(self.folder):
             final, partial = self.folder / "images" / unit, self.folder / "images" / f"{unit}.partial"
             for leftover in (final, partial):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -78,7 +77,7 @@ class Run:
         import pandas as pd
 
         rows = pd.concat([pd.read_parquet(self.folder / "units" / f"{u}.parquet") for u in units], ignore_index=True)
-        with _writing(self.folder):
+        with writing(self.folder):
             write_whole(self.folder / "results.parquet", rows.to_parquet(index=False))
         return rows
 
@@ -92,7 +91,12 @@ def open_run(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     if not results.exists():
         done = len(list((folder / "units").glob("*.parquet")))
         raise ProbekitError(f"run {str(folder)!r}: not finished ({done} units are); start it again with the same options")
-    return config, pd.read_parquet(results)
+    try:
+        return config, pd.read_parquet(results)
+    except (OSError, ValueError) as error:
+        raise ProbekitError(
+            f"run {str(folder)!r}: its results.parquet is damaged; delete it and start the run again"
+        ) from error
 
 
 def default_folder(experiment: str, label: str, options: Mapping[str, Any]) -> Path:
@@ -122,7 +126,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
+    """Turn an OSError inside into the ProbekitError that says that the folder cannot be written."""
     try:
         yield
     except OSError as error:

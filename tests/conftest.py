@@ -10,7 +10,7 @@ import torch
 from probekit.zoo.scene_clip import MAX_TOKENS, tokenizer
 
 
-def _scramble(module: torch.nn.Module) -> torch.nn.Module:
+def scramble(module: torch.nn.Module) -> torch.nn.Module:
     """Give zero-initialised gates and output layers values, so that every layer has an effect."""
     generator = torch.Generator().manual_seed(0)
     for p in module.parameters():
@@ -24,7 +24,7 @@ def _scramble(module: torch.nn.Module) -> torch.nn.Module:
 def tiny_vae() -> Any:
     from diffusers import AutoencoderKL
 
-    return _scramble(
+    return scramble(
         AutoencoderKL(
             block_out_channels=(8, 8),
             down_block_types=("DownEncoderBlock2D",) * 2,
@@ -55,7 +55,7 @@ def tiny_sd() -> Any:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     pipeline = StableDiffusionPipeline(
-        vae=tiny_vae(), text_encoder=_scramble(CLIPTextModel(text)), tokenizer=words, unet=_scramble(unet),
+        vae=tiny_vae(), text_encoder=scramble(CLIPTextModel(text)), tokenizer=words, unet=scramble(unet),
         scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
@@ -73,7 +73,7 @@ def tiny_sd3() -> Any:
         joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=8,
     )  # fmt: skip
     pipeline = StableDiffusion3Pipeline(
-        transformer=_scramble(transformer), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=tiny_vae(),
+        transformer=scramble(transformer), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=tiny_vae(),
         text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
@@ -90,7 +90,7 @@ def tiny_flux() -> Any:
         joint_attention_dim=16, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6), guidance_embeds=False,
     )  # fmt: skip
     pipeline = FluxPipeline(
-        transformer=_scramble(transformer), scheduler=FlowMatchEulerDiscreteScheduler(), vae=tiny_vae(),
+        transformer=scramble(transformer), scheduler=FlowMatchEulerDiscreteScheduler(), vae=tiny_vae(),
         text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)

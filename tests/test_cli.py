@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_a_sweep_of_ones_own_pairs_from_start_to_report(tiny_folder: Path, pairs
     assert (last.transfer > 0.99).all() and (last.damage < 0.01).all()  # the last layer's picture is E's
     page = (out / "report.html").read_text()
     assert "mid_block" in page and "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
-    assert sorted(p.name for p in (out / "figures").iterdir()) == ["roles.png", "roles.svg"]
+    assert sorted(p.name for p in (out / "figures").iterdir()) == ["layers.png", "layers.svg", "roles.png", "roles.svg"]
 
     kept = {p: p.read_bytes() for p in out.rglob("*.parquet")}
     again = probekit(*sweep)
@@ -75,8 +76,8 @@ def test_by_time_gives_a_map_of_layers_and_windows(tiny_folder: Path, pairs_file
     sweep = ["inject", "sweep", "--model", tiny_folder, "--pairs-file", pairs_file, "--num-steps", "4", "--layers", "@mid"]
     done = probekit(*sweep, "--by-time", "--windows", "2", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert set(pd.read_parquet(tmp_path / "run" / "results.parquet").window) == {"0-1", "2-3"}
-    assert (tmp_path / "run" / "figures" / "time.svg").exists()
+    assert set(pd.read_parquet(tmp_path / "run" / "results.parquet").window) == {"all", "0%-50%", "50%-100%"}
+    assert sorted(p.name for p in (tmp_path / "run" / "figures").glob("*.svg")) == ["layers.svg", "roles.svg", "time.svg"]
 
 
 def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(
@@ -134,6 +135,8 @@ def bad_inputs(tiny: Path, tmp: Path) -> dict[str, tuple[list[Any], str]]:
     missing, no_yaml, truncated = tmp / "missing.yaml", tmp / "no.yaml", tmp / "truncated"
     missing.write_text("- {original: a red fish}\n")
     no_yaml.write_text("- {original: [\n")
+    seedless = tmp / "seedless.yaml"
+    seedless.write_text("- {original: a, edit: b}\n- {original: a, edit: b, seed: x}\n")
     import shutil
 
     shutil.copytree(tiny, truncated)
@@ -152,6 +155,9 @@ def bad_inputs(tiny: Path, tmp: Path) -> dict[str, tuple[list[Any], str]]:
         "steps outside": ([*sweep, "--steps", "5-9", "--out", tmp / "steps"], "steps 0 to 1"),
         "steps that are none": ([*sweep, "--steps", "early"], "0%-50%"),
         "a missing key": ([*sweep[:6], "--pairs-file", missing], "pair 1: the key 'edit' is missing"),
+        "a seed that is none": ([*sweep[:6], "--pairs-file", seedless], "pair 2: seed 'x' must be a whole number"),
+        "timesteps outside": ([*sweep, "--steps", "t5000-4000", "--out", tmp / "steps"], "none of the schedule's 2 steps"),
+        "windows that hold no step": ([*sweep, "--by-time", "--windows", "4"], "--windows 4"),
         "no yaml": ([*sweep[:6], "--pairs-file", no_yaml], "is no YAML"),
         "no pairs file": ([*sweep[:6], "--pairs-file", tmp / "nowhere.yaml"], "cannot be read"),
         "one prompt": ([*sweep[:-2]], "give both"),
@@ -168,12 +174,14 @@ def bad_inputs(tiny: Path, tmp: Path) -> dict[str, tuple[list[Any], str]]:
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tiny_folder: Path, tmp_path: Path) -> None:
-    for name, (arguments, said) in bad_inputs(tiny_folder, tmp_path).items():
-        before = sorted(p for p in tmp_path.rglob("*"))
-        answer = probekit(*arguments, cwd=tmp_path)
+    cases = bad_inputs(tiny_folder, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with ThreadPoolExecutor(2) as pool:
+        answers = pool.map(lambda case: probekit(*case[0], cwd=tmp_path), cases.values())
+    for (name, (_, said)), answer in zip(cases.items(), answers, strict=True):
         assert answer.returncode == 2, (name, answer.stderr)
         assert said in answer.stderr, (name, answer.stderr)
         assert "Traceback" not in answer.stderr, name
         if name != "a number that is none":  # typer draws a box
             assert answer.stderr.count("\n") == 1, (name, answer.stderr)
-        assert sorted(p for p in tmp_path.rglob("*")) == before, name
+    assert sorted(tmp_path.rglob("*")) == before

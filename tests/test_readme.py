@@ -36,7 +36,9 @@ def test_every_command_of_the_readme_has_the_options_it_is_given() -> None:
         shown = ""
         while verbs and not shown:
             tried = subprocess.run(
-                [sys.executable, "-c", "from probekit.cli import main; main()", *verbs, "--help"], capture_output=True, text=True
+                [sys.executable, "-c", "from probekit.cli import main; main()", *verbs, "--help"],
+                capture_output=True,
+                text=True,
             )
             shown = tried.stdout if tried.returncode == 0 else ""
             verbs = verbs[:-1] if not shown else verbs

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from probekit import hooks, load
-from probekit.data.scenes import VALUES, all_scenes, labels, sample_scenes
+from probekit.data.scenes import all_scenes, labels, sample_scenes
 from probekit.metrics.roles import NO_ROLE, roles, summarise
 from probekit.zoo import GUIDANCE, WEIGHTS, scene_clip, scene_reader, weights
 from tests.test_cli import probekit
@@ -93,7 +93,7 @@ def test_a_prompt_is_encoded_once() -> None:
     model.sweep((fish, 0), (moon, 0), [[], []], num_inference_steps=1, guidance_scale=3.0)
     model.sweep((moon, 1), (fish, 1), [[]], num_inference_steps=1, guidance_scale=3.0)
     handle.remove()
-    assert len(calls) == 4  # two prompts and, with each, the empty one for guidance
+    assert len(calls) == 3  # two prompts, and once the empty one for guidance
 
 
 def test_injecting_e_into_itself_gives_e_at_every_layer_of_mini_sd() -> None:
@@ -107,7 +107,7 @@ def test_injecting_e_into_itself_gives_e_at_every_layer_of_mini_sd() -> None:
 @pytest.fixture(scope="session")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "mini-sd"
-    done = probekit("inject", "sweep", "--pairs", "4", "--out", out)
+    done = probekit("inject", "sweep", "--pairs", "4", "--num-steps", "10", "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -122,19 +122,17 @@ def test_roles_of_mini_sd_agree_between_two_halves_of_the_pairs(swept: Path) -> 
     assert np.corrcoef(a, b)[0, 1] > 0.7
     # no layer that has a role on all pairs leads in another factor on either half
     found = roles(summarise(rows))
-    for layer in found[~found.role.isin([NO_ROLE, "everything"])].itertuples():
+    specialised = found[~found.role.isin([NO_ROLE, "everything"])]
+    assert len(specialised) >= 2
+    for layer in specialised.itertuples():
         assert all(half[layer.layer].idxmax() == layer.role for half in halves), layer.layer
-    assert (found.role != NO_ROLE).any()
 
 
-def test_the_same_seed_gives_the_same_bytes(swept: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     again = tmp_path / "again"
     layers = ["--layers", "mid_block.*", "--layers", "up_blocks.1.resnets.*"]
     for out in (again, tmp_path / "and-again"):
-        assert probekit("inject", "sweep", "--pairs", "1", *layers, "--out", out).returncode == 0
+        done = probekit("inject", "sweep", "--pairs", "1", "--num-steps", "5", *layers, "--out", out)
+        assert done.returncode == 0, done.stderr
     for name in ("results.parquet", "figures/roles.png", "figures/roles.svg"):
         assert (again / name).read_bytes() == (tmp_path / "and-again" / name).read_bytes(), name
-
-
-def test_the_known_factors_of_a_scene_have_a_label_each() -> None:
-    assert set(labels(list(all_scenes()[:3]))) == set(VALUES)

@@ -16,10 +16,12 @@ NO_ROLE = "no role"
 EVERYTHING = "everything"
 
 
-def transfer(to_original: float, to_edit: float) -> float:
-    """d(O, I) / (d(O, I) + d(E, I)): 0 where the injected picture I equals O, 1 where it equals E; NaN where O equals E."""
-    total = to_original + to_edit
-    return to_original / total if total > 0 else math.nan
+def transfer(to_original: float, to_edit: float, between: float) -> float:
+    """d(O, I) / (d(O, I) + d(E, I)): 0 where the injected picture I equals O, 1 where it equals E.
+
+    NaN where O and E are equal (`between`, d(O, E), is 0): nothing could come over.
+    """
+    return to_original / (to_original + to_edit) if between > 0 else math.nan
 
 
 def damage(to_original: float, to_edit: float, between: float) -> float:
@@ -28,24 +30,28 @@ def damage(to_original: float, to_edit: float, between: float) -> float:
 
 
 def interval(values: Sequence[float], *, seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
-    """Mean and 95% bootstrap percentile interval, NaNs left out; (nan, nan, nan) of nothing."""
+    """Mean and 95% bootstrap percentile interval of scores in [0, 1], NaNs left out; (nan, nan, nan) of nothing.
+
+    Fewer than three values give the interval (0, 1).
+    """
     from scipy.stats import bootstrap
 
     kept = np.asarray([v for v in values if not math.isnan(v)], dtype=float)
     if len(kept) == 0:
         return math.nan, math.nan, math.nan
-    if len(kept) == 1 or np.ptp(kept) == 0:
-        # one pair tells nothing of the next; equal values leave nothing to resample
-        value = float(kept.mean())
-        return (value, 0.0, 1.0) if len(kept) == 1 else (value, value, value)
+    value = float(kept.mean())
+    if len(kept) < 3:  # one or two pairs tell nothing of the next
+        return value, 0.0, 1.0
+    if np.ptp(kept) == 0:  # nothing to resample
+        return value, value, value
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         bounds = bootstrap((kept,), np.mean, n_resamples=resamples, method="percentile", rng=seed).confidence_interval
-    return float(kept.mean()), float(bounds.low), float(bounds.high)
+    return value, float(bounds.low), float(bounds.high)
 
 
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a (descriptor, window, layer, factor): transfer, damage and null, each with its interval over the pairs.
+    """One row a (descriptor, window, layer, factor): transfer and null with their intervals over the pairs, and damage.
 
     rows: the tidy results of a sweep, with columns descriptor, window, layer, order, factor, pair, donor (`edit` or
     `unrelated`), transfer, damage. Values are averaged over seeds within a pair first, since those are not independent.
@@ -59,21 +65,20 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
         by = {donor: group[group.donor == donor] for donor in ("edit", "unrelated")}
         mean, low, high = interval(by["edit"].transfer.tolist())
         null, null_low, null_high = interval(by["unrelated"].transfer.tolist())
-        harm, harm_low, harm_high = interval(by["edit"].damage.tolist())
         summary.append(
             dict(zip(keys, key, strict=True))
             | {"transfer": mean, "low": low, "high": high, "null": null, "null_low": null_low, "null_high": null_high}
-            | {"damage": harm, "damage_low": harm_low, "damage_high": harm_high, "pairs": by["edit"].pair.nunique()}
+            | {"damage": float(by["edit"].damage.mean()), "pairs": by["edit"].pair.nunique()}
         )
     return pd.DataFrame(summary)
 
 
 def roles(summary: pd.DataFrame) -> pd.DataFrame:
-    """One row a (descriptor, window, layer) with its `role` and how clear it is.
+    """One row a (descriptor, window, layer) with its `role`.
 
     A layer has a factor's role where the factor's interval lies above the intervals of every other factor and of its own
     null. It carries `everything` where every factor's interval lies above one half and above its null. Otherwise it has
-    no role. `margin` is the gap between the leading factor's interval and the highest of those it must clear.
+    no role. Layers of which nothing is known (all NaN) are left out.
     """
     import pandas as pd
 
@@ -92,5 +97,5 @@ def roles(summary: pd.DataFrame) -> pd.DataFrame:
             role = str(lead.factor)
         elif len(group) > 1 and above_null and (group.low > 0.5).all():
             role = EVERYTHING
-        found.append(dict(zip(keys, key, strict=True)) | {"role": role, "lead": lead.factor, "margin": lead.low - bar})
-    return pd.DataFrame(found)
+        found.append(dict(zip(keys, key, strict=True)) | {"role": role})
+    return pd.DataFrame(found, columns=[*keys, "role"])

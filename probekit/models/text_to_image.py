@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,41 +15,54 @@ from torch import Tensor, nn
 
 from probekit import hooks
 from probekit.errors import ProbekitError
+from probekit.zoo import GUIDANCE
 
-# what encode_prompt returns, in order, for each family of pipelines; other pipelines are given their prompts as text
-_EMBEDDINGS: dict[str, tuple[str, ...]] = {
-    "StableDiffusionXLPipeline": (
-        "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
-    ),
-    "StableDiffusion3Pipeline": (
-        "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
-    ),
-    "StableDiffusionPipeline": ("prompt_embeds", "negative_prompt_embeds"),
-    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds", ""),
+_STABLE = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+# what encode_prompt returns, in order, and what it needs beyond the prompt, for each family; other pipelines take text
+_ENCODERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "StableDiffusionPipeline": (_STABLE[:2], {"do_classifier_free_guidance": True}),
+    "StableDiffusionXLPipeline": (_STABLE, {"do_classifier_free_guidance": True}),
+    "StableDiffusion3Pipeline": (_STABLE, {"do_classifier_free_guidance": True, "prompt_2": None, "prompt_3": None}),
+    "FluxPipeline": (("prompt_embeds", "pooled_prompt_embeds", ""), {"prompt_2": None}),
     "PixArtAlphaPipeline": (
-        "prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask",
+        ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"),
+        {"do_classifier_free_guidance": True, "clean_caption": False},
     ),
-}  # fmt: skip
+}
 
 
 class TextToImage:
-    """A diffusers pipeline that makes images from prompts. Images are (n, 3, h, w) in [-1, 1]."""
+    """A diffusers pipeline that makes images from prompts. Images are (n, 3, h, w) in [-1, 1].
+
+    `defaults` are pipeline options that hold where a call gives none, such as a bundled model's guidance scale.
+    """
 
     def __init__(self, pipeline: Any, *, name: str) -> None:
         self.pipeline, self.name = pipeline, name
+        self.defaults: dict[str, Any] = {"guidance_scale": GUIDANCE[name]} if name in GUIDANCE else {}
+        if type(pipeline).__name__ == "PixArtAlphaPipeline":
+            self.defaults["negative_prompt"] = None  # its default, "", is refused beside embeddings
         self._encoded: dict[str, dict[str, Any]] = {}
+        self._negative: dict[str, Any] = {}
         pipeline.set_progress_bar_config(disable=True)
+        if getattr(pipeline, "safety_checker", None) is not None:
+            # it blacks out pictures that it takes offence at, damaged ones above all, and black would count as a result
+            pipeline.register_modules(safety_checker=None)
+            pipeline.register_to_config(requires_safety_checker=False)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, name: str, device: str = "auto", dtype: str = "auto") -> TextToImage:
         """Load what `save_pretrained` wrote, or a hub id. Raises ProbekitError when that fails."""
-        from diffusers import DiffusionPipeline
+        from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
         place = _device(device)
         try:
             index = DiffusionPipeline.load_config(str(path))
             chosen = _dtype(dtype, place, transformer="transformer" in index)
-            pipeline = DiffusionPipeline.from_pretrained(str(path), torch_dtype=chosen)
+            # a Kandinsky decoder becomes text-to-image with its prior; what has no such family is loaded as it is
+            known = index["_class_name"].startswith("Kandinsky")
+            loader = AutoPipelineForText2Image if known else DiffusionPipeline
+            pipeline = loader.from_pretrained(str(path), dtype=chosen)
         except ProbekitError:
             raise
         except Exception as error:  # diffusers, safetensors and the hub raise a dozen kinds
@@ -72,26 +86,27 @@ class TextToImage:
 
     @cached_property
     def digest(self) -> str:
-        """A fingerprint of the denoiser: its tensors' names, shapes and up to 256 values of each, as 12 hex digits."""
-        fingerprint = hashlib.sha256()
-        for key, value in sorted(self.denoiser.state_dict().items()):
-            flat = value.flatten()
-            sample = flat[:: max(1, flat.numel() // 256)].float().cpu().numpy()
-            fingerprint.update(f"{key}{tuple(value.shape)}".encode() + sample.tobytes())
+        """A fingerprint of the pipeline, 12 hex digits: its scheduler's config, its tensors' names, shapes and some values."""
+        fingerprint = hashlib.sha256(json.dumps(dict(self.pipeline.scheduler.config), sort_keys=True, default=str).encode())
+        for part, module in sorted(self.pipeline.components.items()):
+            for key, value in sorted(module.state_dict().items()) if isinstance(module, nn.Module) else ():
+                flat = value.flatten()
+                sample = flat[:: max(1, flat.numel() // 256)].float().cpu().numpy()
+                fingerprint.update(f"{part}{key}{tuple(value.shape)}".encode() + sample.tobytes())
         return fingerprint.hexdigest()[:12]
 
     def row(self, prompt: str, seed: int) -> dict[str, Any]:
         """What makes one row of a batch: the prompt, encoded once and remembered, and its own noise."""
         if prompt not in self._encoded:
             self._encoded[prompt] = self._encode(prompt)
-        # noise is drawn on the CPU, so that a seed means the same picture on every device
+        # noise is drawn on the CPU, so that a seed means the same noise on every device
         return {**self._encoded[prompt], "generator": torch.Generator().manual_seed(seed)}
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> Float[Tensor, "n 3 h w"]:
         """Pictures of the prompts, one seed each. options: the pipeline's (`num_inference_steps`, `guidance_scale`, …)."""
         rows = [self.row(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         with torch.no_grad():
-            images = self.pipeline(**hooks.stack(rows), **options, output_type="pt").images
+            images = self.pipeline(**hooks.stack(rows), **self.defaults | options, output_type="pt").images
         return images.float() * 2 - 1
 
     def sweep(
@@ -103,24 +118,22 @@ class TextToImage:
     ) -> hooks.Swept:
         """`hooks.sweep` over (prompt, seed) pairs, with images in [-1, 1]; options are its and the pipeline's."""
         o, e = self.row(*original), self.row(*edit)
-        swept = hooks.sweep(self.pipeline, original=o, edit=e, rules=rules, **options)
+        swept = hooks.sweep(self.pipeline, original=o, edit=e, rules=rules, **self.defaults | options)
         return hooks.Swept(swept.edit.float() * 2 - 1, swept.images.float() * 2 - 1)
 
     def _encode(self, prompt: str) -> dict[str, Any]:
-        names = _EMBEDDINGS.get(type(self.pipeline).__name__)
-        if names is None:
+        family = type(self.pipeline).__name__
+        if family not in _ENCODERS:
             return {"prompt": prompt}
-        # Stable Diffusion has no default for these two; the others take them as keywords too
-        arguments: dict[str, Any] = {"device": self.pipeline._execution_device, "num_images_per_prompt": 1}
-        if "negative_prompt_embeds" in names:
-            arguments |= {"do_classifier_free_guidance": True, "negative_prompt": ""}
-        if type(self.pipeline).__name__ in ("StableDiffusion3Pipeline", "FluxPipeline"):
-            arguments["prompt_2"] = None
-        if type(self.pipeline).__name__ == "StableDiffusion3Pipeline":
-            arguments["prompt_3"] = None
+        names, arguments = _ENCODERS[family]
         with torch.no_grad():
-            returned = self.pipeline.encode_prompt(prompt=prompt, **arguments)
-        return {key: value for key, value in zip(names, returned, strict=True) if key}
+            returned = self.pipeline.encode_prompt(
+                prompt=prompt, device=self.pipeline._execution_device, num_images_per_prompt=1, **arguments, **self._negative
+            )
+        encoded = {key: value for key, value in zip(names, returned, strict=True) if key}
+        # the empty prompt of guidance is encoded with the first prompt only
+        self._negative = {key: value for key, value in encoded.items() if key.startswith("negative")}
+        return encoded
 
 
 def _device(device: str) -> torch.device:

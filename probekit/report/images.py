@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,11 @@ def to_uint8(image: Float[Tensor, "3 h w"]) -> np.ndarray:
 
 
 def save_png(image: Float[Tensor, "3 h w"], path: Path) -> None:
-    """Write an image in [-1, 1] as PNG."""
-    Image.fromarray(to_uint8(image)).save(path)
+    """Write an image in [-1, 1] as PNG, and see it to the disk."""
+    with path.open("wb") as file:
+        Image.fromarray(to_uint8(image)).save(file, "PNG")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_png(path: Path) -> Float[Tensor, "3 h w"]:

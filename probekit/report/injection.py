@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +40,52 @@ _DESCRIPTORS = {
 }
 
 
-def main_descriptor(rows: pd.DataFrame) -> str:
-    """The scene reader where it applies, else LPIPS."""
-    return "reader" if (rows.descriptor == "reader").any() else "lpips"
+@dataclass(frozen=True)
+class Findings:
+    """What a sweep's rows come to: for every descriptor, and (`main`) for the one that is told first.
+
+    That is the scene reader where it applies to every pair, else LPIPS.
+    """
+
+    descriptor: str
+    factors: list[str]
+    windows: list[str]
+    layers: list[str]
+    summary: pd.DataFrame
+    roles: pd.DataFrame
+    main: pd.DataFrame
+    role_of: dict[tuple[str, str], str]
+    """The role by (window, layer), of the main descriptor."""
+
+    @classmethod
+    def of(cls, config: dict[str, Any], rows: pd.DataFrame) -> Findings:
+        """Summarise the rows of a sweep."""
+        read = rows[rows.descriptor == "reader"].pair.nunique()
+        descriptor = "reader" if read == rows.pair.nunique() else "lpips"
+        summary = summarise(rows)
+        found = roles(summary)
+        main, own = summary[summary.descriptor == descriptor], found[found.descriptor == descriptor]
+        factors = [f for f in COLOURS if f in set(main.factor)]
+        factors += [f for f in main.factor.unique() if f not in factors]
+        layers = main.drop_duplicates("layer").sort_values("order").layer.tolist()
+        role_of = {(w, la): NO_ROLE for w in config["options"]["windows"] for la in layers}
+        role_of |= {(r.window, r.layer): r.role for r in own.itertuples()}
+        return cls(descriptor, factors, list(config["options"]["windows"]), layers, summary, found, main, role_of)
+
+    def numbers(self, window: str, layer: str) -> pd.DataFrame:
+        """The main descriptor's row of every factor."""
+        return self.main[(self.main.window == window) & (self.main.layer == layer)].set_index("factor").reindex(self.factors)
+
+    def carriers(self) -> list[dict[str, Any]]:
+        """For each role, in the first window: its layers, strongest first, with the weakest transfer that makes it theirs."""
+        told: list[dict[str, Any]] = []
+        for role in [*self.factors, EVERYTHING]:
+            layers = [la for la in self.layers if self.role_of[self.windows[0], la] == role]
+            numbers = [self.numbers(self.windows[0], la) for la in layers]
+            decisive = [n.loc[n.transfer.idxmin() if role == EVERYTHING else role] for n in numbers]
+            carriers: list[dict[str, Any]] = [{"layer": la, **d.to_dict()} for la, d in zip(layers, decisive, strict=True)]
+            told.append({"role": role, "carriers": sorted(carriers, key=lambda c: -c["transfer"])})
+        return told
 
 
 def colour(name: str, factors: list[str]) -> str:
@@ -57,108 +101,82 @@ def short(layer: str) -> str:
     return layer
 
 
-def conclusions(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """For each role that some layer has: the layers, strongest first, with the factor's transfer and interval."""
-    summary = summarise(rows[rows.descriptor == main_descriptor(rows)])
-    found = roles(summary)
-    factors = _factors(summary)
-    told: list[dict[str, Any]] = []
-    for role in [*factors, EVERYTHING]:
-        carriers: list[dict[str, Any]] = []
-        for _, r in found[found.role == role].iterrows():
-            of_layer = summary[(summary.layer == r.layer) & (summary.window == r.window)]
-            worst = (
-                of_layer.loc[of_layer.transfer.idxmin()] if role == EVERYTHING else of_layer[of_layer.factor == role].iloc[0]
-            )
-            carriers.append({"layer": r.layer, "window": r.window, **worst[["transfer", "low", "high", "damage"]].to_dict()})
-        told.append({"role": role, "carriers": sorted(carriers, key=lambda c: -c["transfer"])})
-    return told
-
-
-def print_roles(config: dict[str, Any], rows: pd.DataFrame) -> None:
-    """The table of layers with transfer, interval, damage and role."""
+def print_roles(findings: Findings) -> None:
+    """The table of layers with transfer and interval, null, damage and role."""
     from rich.console import Console
     from rich.table import Table
 
-    descriptor = main_descriptor(rows)
-    summary = summarise(rows[rows.descriptor == descriptor])
-    found = roles(summary)
-    factors = _factors(summary)
-    several = summary.window.nunique() > 1
-    title = f"transfer by {_DESCRIPTORS[descriptor]} (0 nothing, 1 all of it), 95% interval; null: an unrelated donor"
+    several = len(findings.windows) > 1
+    title = (
+        f"transfer by {_DESCRIPTORS[findings.descriptor]} (0 nothing, 1 all of it), 95% interval, (null: an unrelated donor)"
+    )
     table = Table(title=title, title_justify="left")
-    for heading in (["steps"] if several else []) + ["layer", *factors, "null", "damage", "role"]:
+    for heading in (["steps"] if several else []) + ["layer", *findings.factors, "damage", "role"]:
         table.add_column(heading, no_wrap=heading in ("layer", "role"))
-    for (window, _, layer), group in summary.groupby(["window", "order", "layer"], sort=True):
-        role = found[(found.layer == layer) & (found.window == window)].role
-        by = group.set_index("factor")
-        cells = [f"{by.transfer[f]:.2f}  {by.low[f]:.2f}-{by.high[f]:.2f}" if f in by.index else "" for f in factors]
-        role_name = role.iloc[0] if len(role) else NO_ROLE
-        style = (
-            f"bold {colour(role_name, factors)}"
-            if role_name not in (NO_ROLE, EVERYTHING)
-            else "dim"
-            if role_name == NO_ROLE
-            else "bold"
-        )
-        numbers = [f"{group.null.mean():.2f}", f"{group.damage.mean():.2f}"]
-        table.add_row(*([str(window)] if several else []), str(layer), *cells, *numbers, f"[{style}]{role_name}[/]")
-    Console().print(table)
+    for window in findings.windows:
+        for layer in findings.layers:
+            numbers, role = findings.numbers(window, layer), findings.role_of[window, layer]
+            cells = [f"{n.transfer:.2f} {n.low:.2f}-{n.high:.2f} ({n.null:.2f})" for n in numbers.itertuples()]
+            style = "dim" if role == NO_ROLE else f"bold {colour(role, findings.factors)}" if role != EVERYTHING else "bold"
+            damage = f"{numbers.damage.mean():.2f}"
+            table.add_row(*([window] if several else []), layer, *cells, damage, f"[{style}]{role}[/]")
+    console = Console()
+    # piped into a file or a grep, a row stays whole
+    console.print(table) if console.is_terminal else Console(width=240).print(table)
 
 
-def write_report(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> Path:
+def write_report(folder: Path, config: dict[str, Any], findings: Findings) -> Path:
     """Write figures/ (PNG and SVG) and report.html; returns the page's path."""
     import jinja2
 
-    descriptor = main_descriptor(rows)
-    summary = summarise(rows)
-    found = roles(summary)
-    main, main_roles = summary[summary.descriptor == descriptor], found[found.descriptor == descriptor]
-    factors = _factors(main)
-    windows = list(config["options"]["windows"])
-    layers = main.drop_duplicates("layer").sort_values("order").layer.tolist()
-    figures = {}
-    drawn = {
-        "roles": _roles_figure(
-            main[main.window == windows[0]], main_roles[main_roles.window == windows[0]], factors, descriptor
-        )
-    }
-    if len(windows) > 1:
-        drawn = {"time": _time_figure(main, windows, factors, layers, descriptor)}
+    windows, layers, factors = findings.windows, findings.layers, findings.factors
     (folder / "figures").mkdir(exist_ok=True)
-    for name, figure in drawn.items():
-        figures[name] = _save(figure, folder / "figures" / name)
-
-    role_of = {r.layer: r.role for r in main_roles[main_roles.window == windows[0]].itertuples()}
+    _save(_layers_figure(folder, config, findings), folder / "figures" / "layers")
+    figures = {"roles": _save(_roles_figure(findings), folder / "figures" / "roles")}
+    if len(windows) > 1:
+        figures["time"] = _save(_time_figure(findings), folder / "figures" / "time")
     pairs = [
         {**pair, "O": _data_uri(folder, pair, "O"), "E": _data_uri(folder, pair, "E"),
          "layers": {w: {la: _data_uri(folder, pair, f"{w}_{la}") for la in layers} for w in windows}}
         for pair in config["options"]["pairs"]
     ]  # fmt: skip
     tiles = [
-        {"name": la, "short": short(la), "role": role_of.get(la, NO_ROLE), "part": part_of(la), "level": _level(la, layers)}
+        {
+            "name": la,
+            "short": short(la),
+            "role": findings.role_of[windows[0], la],
+            "part": part_of(la),
+            "level": _level(la, layers),
+        }
         for la in layers
     ]
+    descriptors = [d for d in _DESCRIPTORS if (findings.summary.descriptor == d).any()]
+    data = {
+        "pairs": pairs,
+        "numbers": {w: {la: _records(findings.numbers(w, la)) for la in layers} for w in windows},
+        "roles": {w: {la: findings.role_of[w, la] for la in layers} for w in windows},
+    }
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = templates.get_template("injection.html").render(
         name=Path(config["options"]["model"]).name,
         config=config,
         options=config["options"],
         command=command_line(config["command"]),
-        conclusions=conclusions(rows),
-        descriptor=_DESCRIPTORS[descriptor],
+        conclusions=findings.carriers(),
+        descriptor=_DESCRIPTORS[findings.descriptor],
         factors=factors,
+        controlled=all(f in COLOURS and f != "own" for f in factors) and findings.descriptor == "reader",
         colours={f: colour(f, factors) for f in [*factors, EVERYTHING, NO_ROLE]},
         windows=windows,
         layers=tiles,
         pairs=pairs,
-        data={"pairs": pairs, "numbers": {w: {la: _numbers(main, la, w) for la in layers} for w in windows}},
+        data=data,
         figures=figures,
-        table=_table(summary, found, factors, layers, windows),
-        descriptors=[_DESCRIPTORS[d] for d in _DESCRIPTORS if (summary.descriptor == d).any()],
+        table=_table(findings, descriptors),
+        descriptors=[_DESCRIPTORS[d] for d in descriptors],
         everything=EVERYTHING,
         no_role=NO_ROLE,
-        fewest_pairs=min(main.pairs),
+        fewest_pairs=min(findings.main.pairs),
     )
     report = folder / "report.html"
     write_whole(report, page.encode())
@@ -187,33 +205,23 @@ def command_line(command: list[str]) -> str:
     return shlex.join([Path(command[0]).name, *command[1:]])
 
 
-def _factors(summary: pd.DataFrame) -> list[str]:
-    known = [f for f in COLOURS if f in set(summary.factor)]
-    return known + [f for f in summary.factor.unique() if f not in known]
-
-
-def _numbers(main: pd.DataFrame, layer: str, window: str) -> list[dict[str, Any]]:
-    chosen = main[(main.layer == layer) & (main.window == window)]
-    records = chosen[["factor", "transfer", "low", "high", "null", "damage"]].to_dict("records")
+def _records(numbers: pd.DataFrame) -> list[dict[str, Any]]:
+    """The factors' numbers for the page, which knows null but no NaN."""
+    columns = ["factor", "transfer", "low", "high", "null", "null_low", "null_high", "damage"]
+    records = numbers.reset_index()[columns].to_dict("records")
     return [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in records]
 
 
-def _table(
-    summary: pd.DataFrame, found: pd.DataFrame, factors: list[str], layers: list[str], windows: list[str]
-) -> list[dict[str, Any]]:
+def _table(findings: Findings, descriptors: list[str]) -> list[dict[str, Any]]:
     """For every window and layer: by each descriptor the role, and each factor's numbers."""
-    table = []
-    numbers = {(r.descriptor, r.window, r.layer, r.factor): r for r in summary.itertuples()}
-    role_of = {(r.descriptor, r.window, r.layer): r.role for r in found.itertuples()}
-    names = [d for d in _DESCRIPTORS if (summary.descriptor == d).any()]
-    for window in windows:
-        for la in layers:
-            cells = [
-                {"role": role_of.get((d, window, la), NO_ROLE), "numbers": [numbers.get((d, window, la, f)) for f in factors]}
-                for d in names
-            ]
-            table.append({"window": window, "layer": la, "cells": cells})
-    return table
+    numbers = {(r.descriptor, r.window, r.layer, r.factor): r for r in findings.summary.itertuples()}
+    role_of = {(r.descriptor, r.window, r.layer): r.role for r in findings.roles.itertuples()}
+    return [
+        {"window": w, "layer": la, "cells": [
+            {"role": role_of.get((d, w, la), NO_ROLE), "numbers": [numbers.get((d, w, la, f)) for f in findings.factors]}
+            for d in descriptors]}
+        for w in findings.windows for la in findings.layers
+    ]  # fmt: skip
 
 
 def _data_uri(folder: Path, pair: dict[str, Any], name: str) -> str:
@@ -249,8 +257,8 @@ def _save(figure: Figure, path: Path) -> str:
     return svg[svg.index("<svg") :]
 
 
-def _roles_figure(summary: pd.DataFrame, found: pd.DataFrame, factors: list[str], descriptor: str) -> Figure:
-    """Transfer of every factor at every layer, with intervals, nulls and the role that follows."""
+def _roles_figure(findings: Findings) -> Figure:
+    """Transfer of every factor at every layer, with intervals, nulls and the role that follows, in the first window."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -258,15 +266,16 @@ def _roles_figure(summary: pd.DataFrame, found: pd.DataFrame, factors: list[str]
     from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle
 
-    layers = summary.drop_duplicates("layer").sort_values("order").layer.tolist()
+    layers, factors = findings.layers, findings.factors
+    summary = findings.main[findings.main.window == findings.windows[0]]
     with plt.rc_context(_style()):
         figure, (ax, harm) = plt.subplots(
             2, 1, figsize=(max(7.5, 0.56 * len(layers) + 1.6), 5.4), height_ratios=(4.2, 1), sharex=True, layout="constrained"
         )
         width = 0.8 / max(len(factors), 1)
-        role_of = dict(zip(found.layer, found.role, strict=True))
+        role_of = {la: findings.role_of[findings.windows[0], la] for la in layers}
         for x, la in enumerate(layers):
-            role = role_of.get(la, NO_ROLE)
+            role = role_of[la]
             if role != NO_ROLE:
                 ax.add_patch(Rectangle((x - 0.48, -0.02), 0.96, 1.04, color=colour(role, factors), alpha=0.13, lw=0))
             ax.add_patch(Rectangle((x - 0.48, 1.045), 0.96, 0.045, color=colour(role, factors), lw=0, clip_on=False))
@@ -282,7 +291,7 @@ def _roles_figure(summary: pd.DataFrame, found: pd.DataFrame, factors: list[str]
                 by.null, at - width * 0.43, at + width * 0.43, color="#26251f", lw=1.1, zorder=4, linestyles=(0, (1.2, 0.8))
             )
             harm.plot(at, by.damage, "o", ms=3.5, color=c)
-        ax.set(ylim=(0, 1.1), xlim=(-0.6, len(layers) - 0.4), ylabel=f"transfer, by {_DESCRIPTORS[descriptor]}")
+        ax.set(ylim=(0, 1.1), xlim=(-0.6, len(layers) - 0.4), ylabel=f"transfer, by {_DESCRIPTORS[findings.descriptor]}")
         ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
         harm.set(ylim=(-0.05, max(1.05, float(np.nanmax(summary.damage)) * 1.05)), ylabel="damage")
         harm.set_xticks(range(len(layers)), [short(la) for la in layers], rotation=48, ha="right", rotation_mode="anchor")
@@ -302,7 +311,40 @@ def _roles_figure(summary: pd.DataFrame, found: pd.DataFrame, factors: list[str]
     return figure
 
 
-def _time_figure(summary: pd.DataFrame, windows: list[str], factors: list[str], layers: list[str], descriptor: str) -> Figure:
+def _layers_figure(folder: Path, config: dict[str, Any], findings: Findings) -> Figure:
+    """O, E and O with each layer taken from E, for the first pair of every factor (figure 5 of the paper)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    window, layers, factors = findings.windows[0], findings.layers, findings.factors
+    first = {pair["factor"]: pair for pair in reversed(config["options"]["pairs"])}
+    columns = ["O", "E", *layers]
+    with plt.rc_context(_style()):
+        figure, axes = plt.subplots(
+            len(factors), len(columns), figsize=(0.62 * len(columns), 0.66 * len(factors) + 1.1), squeeze=False,
+            gridspec_kw={"wspace": 0.06, "hspace": 0.06, "left": 0.075, "right": 0.972, "bottom": 0.02,
+                         "top": 1 - 1.05 / (0.66 * len(factors) + 1.1)},
+        )  # fmt: skip
+        for row, factor in zip(axes, factors, strict=True):
+            for ax, name in zip(row, columns, strict=True):
+                file = name if name in ("O", "E") else f"{window}_{name}".replace("%", "pct")
+                ax.imshow(Image.open(folder / "images" / first[factor]["name"] / f"{file}.png"))
+                ax.set(xticks=[], yticks=[])
+                for spine in ax.spines.values():
+                    spine.set_visible(True)
+                    spine.set_linewidth(2)
+                    spine.set_color("white" if name in ("O", "E") else colour(findings.role_of[window, name], factors))
+            row[0].set_ylabel(factor, color=colour(factor, factors), fontweight="bold", rotation=0, ha="right", va="center")
+        for ax, name in zip(axes[0], columns, strict=True):
+            label = name if name in ("O", "E") else short(name)
+            ax.set_title(label, rotation=55, ha="left", va="bottom", fontsize=8, rotation_mode="anchor", pad=3)
+        plt.close(figure)
+    return figure
+
+
+def _time_figure(findings: Findings) -> Figure:
     """A layer x time map for every factor."""
     import matplotlib
 
@@ -310,6 +352,7 @@ def _time_figure(summary: pd.DataFrame, windows: list[str], factors: list[str], 
     from matplotlib import pyplot as plt
     from matplotlib.colors import LinearSegmentedColormap
 
+    windows, layers, factors = findings.windows[1:], findings.layers, findings.factors
     with plt.rc_context(_style()):
         figure, axes = plt.subplots(
             1,
@@ -321,7 +364,7 @@ def _time_figure(summary: pd.DataFrame, windows: list[str], factors: list[str], 
         )
         for ax, factor in zip(axes[0], factors, strict=True):
             grid = (
-                summary[summary.factor == factor]
+                findings.main[findings.main.factor == factor]
                 .pivot(index="layer", columns="window", values="transfer")
                 .reindex(layers)[windows]
             )
@@ -337,6 +380,6 @@ def _time_figure(summary: pd.DataFrame, windows: list[str], factors: list[str], 
             ax.tick_params(length=0)
             for spine in ax.spines.values():
                 spine.set_visible(False)
-        figure.supxlabel(f"steps injected (0 is noise); transfer by {_DESCRIPTORS[descriptor]}", fontsize=9)
+        figure.supxlabel(f"steps injected (0 is noise); transfer by {_DESCRIPTORS[findings.descriptor]}", fontsize=9)
         plt.close(figure)
     return figure

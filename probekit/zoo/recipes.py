@@ -35,7 +35,7 @@ def _train_mini_sd(folder: Path, checkpoints: Path, seed: int) -> None:
     from probekit.zoo import mini_sd
 
     vae = checkpoints / "scene-vae"
-    if not (vae / "config.json").exists():
+    if not (vae / "diffusion_pytorch_model.safetensors").exists():
         scene_vae.train_and_save(vae, checkpoints, seed=seed)
     mini_sd.train_and_save(folder, checkpoints, seed=seed, vae_folder=vae, clip_folder=weights("scene-clip"))
 

@@ -1,4 +1,4 @@
-"""The scene reader: a small CNN that reads every attribute of a scene off its picture, and says when it cannot."""
+"""The scene reader: a small CNN that reads every attribute of a scene off its picture."""
 
 from __future__ import annotations
 

@@ -15,6 +15,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from probekit.errors import ProbekitError
+
 Loss = Callable[[nn.Module, torch.Generator], tuple[Tensor, dict[str, float]]]
 """One training step's loss of a module: draws its own batch from the generator; also returns numbers to show."""
 
@@ -68,7 +70,9 @@ def train(
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         if state["seed"] != seed or state["steps"] != schedule.steps:
-            raise ValueError(f"{checkpoint} belongs to a run of seed {state['seed']}, {state['steps']} steps: delete it")
+            raise ProbekitError(
+                f"checkpoint {str(checkpoint)!r}: of a training with seed {state['seed']} and {state['steps']} steps; delete it"
+            )
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         for a, saved in zip(average, state["average"], strict=True):
