@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probekit.metrics.lpips import lpips
+from probekit.metrics import lpips
 from probekit.report.images import to_uint8
 
 
@@ -92,7 +92,7 @@ def _uncorrelated(a: np.ndarray, b: np.ndarray) -> float:
 def paper_descriptors() -> list[Descriptor]:
     """What works on any picture: LPIPS and the descriptors of the paper's code."""
     return [
-        Descriptor("lpips", list, lambda a, b: float(lpips(a[None], b[None]))),
+        Descriptor("lpips", lpips.features, lpips.distance),
         Descriptor("ssim", lambda images: [_grey(i) for i in images], _ssim),
         Descriptor("sift", lambda images: [_sift_features(i) for i in images], _sift),
         Descriptor("hsv", lambda images: [_hsv_features(i) for i in images], _uncorrelated),

@@ -31,7 +31,16 @@ def network() -> Any:
     return made.requires_grad_(False).eval()
 
 
-def lpips(a: Float[Tensor, "n 3 h w"], b: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
-    """LPIPS (Zhang et al. 2018, AlexNet, v0.1) between images in [-1, 1]: 0 for equal images, hardly ever above 1."""
-    with torch.no_grad():
-        return network()(a.float().cpu(), b.float().cpu()).flatten()
+@torch.no_grad()
+def features(images: Float[Tensor, "n 3 h w"]) -> list[tuple[Tensor, ...]]:
+    """For each image in [-1, 1], the five unit-normalised AlexNet feature maps that LPIPS compares, each (c, h, w)."""
+    from lpips import normalize_tensor
+
+    maps = network().net(network().scaling_layer(images.float().cpu()))
+    return list(zip(*(normalize_tensor(m) for m in maps), strict=True))
+
+
+@torch.no_grad()
+def distance(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> float:
+    """LPIPS (Zhang et al. 2018, AlexNet, v0.1) from `features` of two images: 0 for equal ones, hardly ever above 1."""
+    return float(sum(lin((x - y)[None] ** 2).mean() for lin, x, y in zip(network().lins, a, b, strict=True)))

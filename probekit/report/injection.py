@@ -103,8 +103,9 @@ def short(layer: str) -> str:
 
 def print_roles(findings: Findings) -> None:
     """The table of layers with transfer and interval, null, damage and role."""
-    from rich.console import Console
     from rich.table import Table
+
+    from probekit.report.terminal import console
 
     several = len(findings.windows) > 1
     title = (
@@ -120,9 +121,7 @@ def print_roles(findings: Findings) -> None:
             style = "dim" if role == NO_ROLE else f"bold {colour(role, findings.factors)}" if role != EVERYTHING else "bold"
             damage = f"{numbers.damage.mean():.2f}"
             table.add_row(*([window] if several else []), layer, *cells, damage, f"[{style}]{role}[/]")
-    console = Console()
-    # piped into a file or a grep, a row stays whole
-    console.print(table) if console.is_terminal else Console(width=240).print(table)
+    console().print(table)
 
 
 def write_report(folder: Path, config: dict[str, Any], findings: Findings) -> Path:

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from probekit.models import TextToImage
 
 
+def console() -> Console:
+    """Where tables go: as wide as the terminal, and wide enough for whole rows where the output is piped."""
+    here = Console()
+    return here if here.is_terminal else Console(width=240)
+
+
 def print_layers(model: TextToImage, layers: Sequence[hooks.Layer]) -> None:
     """A table of layers; output shapes are those of one picture, read off a one-step generation."""
     shapes = hooks.output_shapes(model.denoiser, layers, lambda: model.pipeline(
@@ -26,7 +32,7 @@ def print_layers(model: TextToImage, layers: Sequence[hooks.Layer]) -> None:
         count = sum(p.numel() for p in modules[la.name].parameters())
         shape = "x".join(map(str, shapes[la.name][1:]))
         table.add_row(str(la.order), la.name, la.kind, ", ".join(la.streams), shape, f"{count:,}")
-    Console().print(table)
+    console().print(table)
 
 
 def print_zoo() -> None:
@@ -40,7 +46,7 @@ def print_zoo() -> None:
     for name, recipe in RECIPES.items():
         size = sum(f.stat().st_size for f in weights(name).rglob("*") if f.is_file()) / 2**20
         table.add_row(name, recipe.about, f"{size:.1f} MiB" if size else "not trained yet")
-    Console().print(table)
+    console().print(table)
 
 
 def print_evaluation(name: str, rows: Sequence[tuple[str, float, float | None]]) -> None:
@@ -51,4 +57,4 @@ def print_evaluation(name: str, rows: Sequence[tuple[str, float, float | None]])
     for what, value, bar in rows:
         missed = bar is not None and value < bar
         table.add_row(what, f"[red]{value:.1%}[/red]" if missed else f"{value:.1%}", "" if bar is None else f"{bar:.0%}")
-    Console().print(table)
+    console().print(table)

@@ -17,7 +17,7 @@ from probekit.zoo.training import Schedule, train
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
-SCHEDULE = Schedule(steps=6500, learning_rate=1.2e-3, warmup=300, ema=0.9995, bfloat16=True)
+SCHEDULE = Schedule(steps=6500, learning_rate=1.2e-3, warmup=300, ema=0.999, bfloat16=True)
 BATCH = 32
 EMPTY_CAPTIONS = 0.1
 OBJECT_WEIGHT = 8.0
@@ -60,9 +60,11 @@ class Denoising:
     """The loss of mini-sd over codes that are computed once and kept in `cache`."""
 
     def __init__(self, vae_folder: Path, clip_folder: Path, cache: Path) -> None:
-        from transformers import CLIPTokenizer
+        from transformers import CLIPTextModel, CLIPTokenizer
 
         tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
+        # frozen: trained along, it forgets early which words it does not need yet, and left and right become one
+        self.text_encoder = CLIPTextModel.from_pretrained(clip_folder).bfloat16()
         self.scheduler = scheduler()
         if not cache.exists():
             _encode(vae_folder, cache)
@@ -76,7 +78,7 @@ class Denoising:
         self.objects = inside[:, 1, :, None] & inside[:, 0, None, :]
         self.tokens = tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids
 
-    def __call__(self, model: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, unet: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of v (Salimans and Ho 2022, appendix D), the same weight for every timestep.
 
         Min-SNR weights (Hang et al. 2023) were slower here: they take the weight from the noisiest steps, which decide
@@ -89,11 +91,12 @@ class Denoising:
         timesteps = torch.randint(1000, (BATCH,), generator=generator)
         empty = torch.rand(BATCH, generator=generator) < EMPTY_CAPTIONS
         tokens = self.tokens[torch.where(empty, len(self.tokens) - 1, index)]
-        models, dtype = dict(model.named_children()), next(model.parameters()).dtype
+        dtype = next(unet.parameters()).dtype
         noisy = self.scheduler.add_noise(latents, noise, timesteps).to(dtype)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
-        text = models["text_encoder"](tokens)[0]
-        predicted = models["unet"](noisy, timesteps, text, return_dict=False)[0]
+        with torch.no_grad():
+            text = self.text_encoder(tokens)[0].to(dtype)
+        predicted = unet(noisy, timesteps, text, return_dict=False)[0]
         weights = 1 + (OBJECT_WEIGHT - 1) * (self.objects[index] & ~empty[:, None, None]).float()
         error = (predicted.float() - target).square()
         return (error * weights[:, None]).mean(), {"v": error.mean().item()}
@@ -116,22 +119,21 @@ def _encode(vae_folder: Path, cache: Path) -> None:
 
 
 def train_and_save(folder: Path, checkpoints: Path, *, seed: int = 0, vae_folder: Path, clip_folder: Path) -> None:
-    """Train U-Net and text encoder on the codes of scenes and write a StableDiffusionPipeline."""
+    """Train the U-Net on the codes of scenes, beside the scene CLIP's text encoder, and write a StableDiffusionPipeline."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline
     from diffusers.models.attention_processor import AttnProcessor
     from transformers import CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(seed)
-    denoiser, text_encoder = unet(), CLIPTextModel.from_pretrained(clip_folder).float()
-    model = nn.ModuleDict({"unet": denoiser, "text_encoder": text_encoder})
+    denoiser = unet()
     # plain attention: on CPUs the fused kernel's backward pass in bfloat16 is the slower one
     denoiser.set_attn_processor(AttnProcessor())
     loss = Denoising(vae_folder, clip_folder, checkpoints / "scene-codes.safetensors")
-    train(model, loss, SCHEDULE, checkpoint=checkpoints / "mini-sd.pt", seed=seed, title="mini-sd")
+    train(denoiser, loss, SCHEDULE, checkpoint=checkpoints / "mini-sd.pt", seed=seed, title="mini-sd")
     denoiser.set_default_attn_processor()
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(vae_folder),
-        text_encoder=text_encoder,
+        text_encoder=CLIPTextModel.from_pretrained(clip_folder),
         tokenizer=CLIPTokenizer.from_pretrained(clip_folder),
         unet=denoiser,
         scheduler=scheduler(),
