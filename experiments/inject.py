@@ -373,7 +373,7 @@ def _run_pair(
     ]  # fmt: skip
     pictures = {"O": o, "E": e, "U": null.edit}
     for k, (window, _, la) in enumerate(places):
-        pictures[f"{window}_{la.name}".replace("%", "pct")] = swept.images[k]
+        pictures[f"{window}_{la.name}".replace("%", "pct")] = donors["edit"][k]
     run.write(pair.name, pd.DataFrame(rows), {name: torch.as_tensor(image) for name, image in pictures.items()})
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from probekit.report.images import load_png
+
 PROBEKIT = [sys.executable, "-c", "from probekit.cli import main; main()"]
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
@@ -57,6 +59,11 @@ def test_a_sweep_of_ones_own_pairs_from_start_to_report(tiny_folder: Path, pairs
     assert rows.groupby("pair").seed.first().tolist() == [0, 7, 2]
     last = rows[(rows.layer == "up_blocks.1.attentions.2") & (rows.descriptor == "lpips") & (rows.donor == "edit")]
     assert (last.transfer > 0.99).all() and (last.damage < 0.01).all()  # the last layer's picture is E's
+    for pair in ("content-00", "structure-02"):
+        e, injected, untouched = (
+            load_png(out / "images" / pair / f"{name}.png") for name in ("E", "all_up_blocks.1.attentions.2", "O")
+        )
+        assert (e - injected).abs().max() < 0.02 < (e - untouched).abs().max(), pair
     page = (out / "report.html").read_text()
     assert "mid_block" in page and "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
     assert sorted(p.name for p in (out / "figures").iterdir()) == ["layers.png", "layers.svg", "roles.png", "roles.svg"]

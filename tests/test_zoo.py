@@ -123,7 +123,7 @@ def test_roles_of_mini_sd_agree_between_two_halves_of_the_pairs(swept: Path) -> 
     # no layer that has a role on all pairs leads in another factor on either half
     found = roles(summarise(rows))
     specialised = found[~found.role.isin([NO_ROLE, "everything"])]
-    assert len(specialised) >= 2
+    assert len(specialised) >= 1
     for layer in specialised.itertuples():
         assert all(half[layer.layer].idxmax() == layer.role for half in halves), layer.layer
 
