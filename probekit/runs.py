@@ -51,7 +51,9 @@ class Run:
         ours = json.loads(json.dumps(ours))
         differ = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
         if differ:
-            said = ", ".join(f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in differ)
+            said = ", ".join(
+                f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" if len(repr(ours.get(k))) < 80 else k for k in differ
+            )
             raise ProbekitError(f"--out {str(self.folder)!r}: holds a run of another config ({said}); name another folder")
 
     def finished(self, unit: str) -> bool:

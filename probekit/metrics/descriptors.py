@@ -60,6 +60,8 @@ def _sift(a: np.ndarray | None, b: np.ndarray | None) -> float:
 
     if a is None or b is None or min(len(a), len(b)) < 2:  # a ratio needs a second-best match
         return float("nan")
+    if np.array_equal(a, b):  # repeated textures match ambiguously even with themselves
+        return 0.0
     return 1 - len(match_descriptors(a, b, max_ratio=0.75, cross_check=True)) / min(len(a), len(b))
 
 

@@ -53,8 +53,14 @@ class TextToImage:
     @classmethod
     def from_pretrained(cls, path: str | Path, *, name: str, device: str = "auto", dtype: str = "auto") -> TextToImage:
         """Load what `save_pretrained` wrote, or a hub id. Raises ProbekitError when that fails."""
+        import transformers
         from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+        from diffusers.utils import logging
 
+        # their bars and reports would bury a one-line error
+        for library in (logging, transformers.utils.logging):
+            library.disable_progress_bar()
+            library.set_verbosity_error()
         place = _device(device)
         try:
             index = DiffusionPipeline.load_config(str(path))

@@ -250,8 +250,11 @@ def _style() -> dict[str, Any]:
 
 def _save(figure: Figure, path: Path) -> str:
     """Write PNG and SVG; returns the SVG's markup. Nothing in either depends on the time of writing."""
-    figure.savefig(path.with_suffix(".png"), dpi=160, metadata={"Software": None})
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    from matplotlib import pyplot as plt
+
+    with plt.rc_context(_style()):  # its salt makes the ids in the SVG the same every time
+        figure.savefig(path.with_suffix(".png"), dpi=160, metadata={"Software": None})
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     svg = path.with_suffix(".svg").read_text()
     return svg[svg.index("<svg") :]
 
