@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -94,6 +95,9 @@ def evaluate(
 
 def main() -> None:
     """Run the command line; what the user can mend is one line and exit code 2."""
+    # what libraries warn of would bury a one-line error
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         app()
     except Exception as error:
