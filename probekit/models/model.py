@@ -1,0 +1,48 @@
+"""A generative model with its latent spaces, whatever its family."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import nn
+
+from probekit.errors import ProbekitError
+from probekit.latents import LatentSpace
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A network and its latent spaces, the first of which is the default.
+
+    name: how it was asked for; family: vae, vqvae, glow, stylegan2, ddpm or random; image_size: height and width of its
+    images in pixels; network: the module whose weights count, None for a model without any.
+    """
+
+    name: str
+    family: str
+    image_size: int
+    network: nn.Module | None = field(repr=False)
+    spaces: dict[str, LatentSpace] = field(repr=False)
+
+    def space(self, name: str | None = None) -> LatentSpace:
+        """The space of that name, or the default one. Raises ProbekitError with the names there are."""
+        if name is None:
+            return next(iter(self.spaces.values()))
+        if name not in self.spaces:
+            raise ProbekitError(f"model {self.name!r}: no space {name!r}; it has {', '.join(self.spaces)}")
+        return self.spaces[name]
+
+    @cached_property
+    def parameters(self) -> int:
+        """The number of weights."""
+        return sum(p.numel() for p in self.network.parameters()) if self.network is not None else 0
+
+    @cached_property
+    def digest(self) -> str:
+        """A fingerprint of the weights, 12 hex digits: the tensors' names, shapes and values."""
+        fingerprint = hashlib.sha256(self.family.encode())
+        for key, value in sorted(self.network.state_dict().items()) if self.network is not None else ():
+            fingerprint.update(f"{key}{tuple(value.shape)}".encode() + value.detach().float().cpu().numpy().tobytes())
+        return fingerprint.hexdigest()[:12]
