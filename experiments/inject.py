@@ -47,18 +47,25 @@ Layers = Annotated[
     list[str] | None, typer.Option("--layers", help="Layer names, globs or groups such as @resnets; repeat for more.")
 ]
 StepsOption = Annotated[str, typer.Option(help="Steps to inject at: all, 0-9, 0,3,5, 0%-50% or t1000-200.")]
+StreamOption = Annotated[str | None, typer.Option("--stream", help="main, skip, both, image or text. [default: the layer's own]")]
 NumSteps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale. [default: 3 for mini-sd, else the pipeline's own]")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise and of the pairs.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Original = Annotated[str, typer.Option("--prompt-original", help="The prompt of O, the picture that is changed.")]
+Edit = Annotated[str, typer.Option("--prompt-edit", help="The prompt of E, the picture that layers are taken from.")]
+Chosen = Annotated[list[str], typer.Option("--layers", help="Layer names, globs or groups such as @mid; repeat for more.")]
+Picture = Annotated[Path, typer.Option(help="The picture to write: O, E and the result, side by side.")]
 
 
 @app.command()
 def sweep(
     model: Model = "mini-sd",
-    pairs: Annotated[int, typer.Option(min=1, help="Controlled pairs for each factor.")] = 8,
-    factors: Annotated[str, typer.Option(help="Factors to vary, separated by commas.")] = ",".join(FACTORS),
+    pairs: Annotated[int | None, typer.Option(min=1, help="Controlled pairs for each factor. [default: 8]")] = None,
+    factors: Annotated[
+        str | None, typer.Option(help="Factors to vary, separated by commas. [default: structure,content,surface]")
+    ] = None,
     prompt_original: Annotated[
         str | None, typer.Option(help="A prompt of your own for O, instead of controlled pairs.")
     ] = None,
@@ -67,14 +74,14 @@ def sweep(
         Path | None, typer.Option(help="YAML list of pairs: original, edit, and if you like factor, unrelated, seed.")
     ] = None,
     layers: Layers = None,
-    stream: Annotated[str | None, typer.Option(help="main, skip, both, image or text. [default: the layer's own]")] = None,
+    stream: StreamOption = None,
     steps: StepsOption = "all",
     num_steps: NumSteps = 20,
     guidance: Guidance = None,
     seed: Seed = 0,
     separate_noise: Annotated[bool, typer.Option("--separate-noise", help="Give E a noise of its own.")] = False,
     by_time: Annotated[bool, typer.Option("--by-time", help="Cut the steps into windows: a layer x time map.")] = False,
-    windows: Annotated[int, typer.Option(min=2, help="Windows of --by-time.")] = 4,
+    windows: Annotated[int | None, typer.Option(min=2, help="Windows of --by-time. [default: 4]")] = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="Rows at a time. [default: by the model's size]")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -85,7 +92,9 @@ def sweep(
     from probekit.runs import Run, default_folder
 
     chosen = make_pairs(pairs, factors, prompt_original, prompt_edit, pairs_file, seed)
-    window_steps = make_windows(steps, num_steps, windows if by_time else 1)
+    if windows is not None and not by_time:
+        raise ProbekitError(f"--windows {windows}: goes with --by-time")
+    window_steps = make_windows(steps, num_steps, (windows or 4) if by_time else 1)
     loaded = load(model, device=device, dtype=dtype)
     check_steps(loaded, window_steps, num_steps)
     names = [la.name for la in hooks.select(loaded.layers, layers or hooks.default_layers(loaded.denoiser))]
@@ -106,46 +115,49 @@ def sweep(
 
 @app.command()
 def image(
-    prompt_original: Annotated[str, typer.Option(help="The prompt of O, the picture that is changed.")],
-    prompt_edit: Annotated[str, typer.Option(help="The prompt of E, the picture that layers are taken from.")],
-    layers: Layers = None,
+    original: Original,
+    edit: Edit,
+    layers: Chosen,
+    operation: Annotated[str, typer.Option(help="replace, blend or add.")] = "replace",
+    weight: Annotated[float | None, typer.Option(help="Weight of blend, or scale of add. [default: 1]")] = None,
     model: Model = "mini-sd",
     steps: StepsOption = "all",
-    operation: Annotated[str, typer.Option(help="replace, blend or add.")] = "replace",
-    weight: Annotated[float, typer.Option(help="Weight of blend, or scale of add.")] = 1.0,
-    stream: Annotated[str | None, typer.Option(help="main, skip, both, image or text.")] = None,
+    stream: StreamOption = None,
     num_steps: NumSteps = 20,
     guidance: Guidance = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    out: Annotated[Path, typer.Option(help="The picture to write: O, E and the result, side by side.")] = Path("injected.png"),
+    out: Picture = Path("injected.png"),
 ) -> None:
     """One custom injection: the chosen layers of E, together, into O."""
     from probekit import hooks
 
-    operations = {"replace": hooks.replace, "blend": hooks.blend(weight), "add": hooks.add(weight)}
+    if operation == "replace" and weight is not None:
+        raise ProbekitError(f"--weight {weight:g}: replace has none; it is for --operation blend or add")
+    scale = 1.0 if weight is None else weight
+    operations = {"replace": hooks.replace, "blend": hooks.blend(scale), "add": hooks.add(scale)}
     if operation not in operations:
         raise ProbekitError(f"--operation {operation!r}: choose from {', '.join(operations)}")
-    call = (model, device, dtype, prompt_original, prompt_edit, layers, stream, steps, num_steps, guidance, seed, out)
-    _one_picture(operations[operation], *call)
+    chosen = operations[operation]
+    _picture(chosen, original, edit, layers, model, steps, stream, num_steps, guidance, seed, device, dtype, out)
 
 
 @app.command()
 def script(
     file: Annotated[Path, typer.Argument(help="A Python file that defines operation(target, source, context) -> tensor.")],
-    prompt_original: Annotated[str, typer.Option(help="The prompt of O, the picture that is changed.")],
-    prompt_edit: Annotated[str, typer.Option(help="The prompt of E, the picture that layers are taken from.")],
-    layers: Layers = None,
+    original: Original,
+    edit: Edit,
+    layers: Chosen,
     model: Model = "mini-sd",
     steps: StepsOption = "all",
-    stream: Annotated[str | None, typer.Option(help="main, skip, both, image or text.")] = None,
+    stream: StreamOption = None,
     num_steps: NumSteps = 20,
     guidance: Guidance = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    out: Annotated[Path, typer.Option(help="The picture to write: O, E and the result, side by side.")] = Path("injected.png"),
+    out: Picture = Path("injected.png"),
 ) -> None:
     """One injection with a function of your own, called at every chosen layer and step."""
     import runpy
@@ -165,50 +177,53 @@ def script(
         except Exception as error:
             raise ProbekitError(f"script {str(file)!r} at {context.layer}: {type(error).__name__}: {error}") from error
 
-    call = (model, device, dtype, prompt_original, prompt_edit, layers, stream, steps, num_steps, guidance, seed, out)
-    _one_picture(guarded, *call)
+    _picture(guarded, original, edit, layers, model, steps, stream, num_steps, guidance, seed, device, dtype, out)
 
 
-def _one_picture(
-    operation: hooks.Operation, model: str, device: str, dtype: str, original: str, edit: str, layers: list[str] | None,
-    stream: str | None, steps: str, num_steps: int, guidance: float | None, seed: int, out: Path,
+def _picture(
+    operation: hooks.Operation, original: str, edit: str, layers: list[str], model: str, steps: str, stream: str | None,
+    num_steps: int, guidance: float | None, seed: int, device: str, dtype: str, out: Path,
 ) -> None:  # fmt: skip
+    """Make and write the picture of one custom injection."""
     import torch
 
     from probekit import hooks, load
     from probekit.report.images import save_png
+    from probekit.runs import writing
 
     if out.suffix.lower() != ".png":
         raise ProbekitError(f"--out {str(out)!r}: name a .png file")
     when = hooks.Steps.parse(steps)
     loaded = load(model, device=device, dtype=dtype)
-    chosen = hooks.select(loaded.layers, layers or hooks.default_layers(loaded.denoiser))
+    chosen = hooks.select(loaded.layers, layers)
     rule = [hooks.Injection(la.name, steps=when, stream=stream, operation=operation) for la in chosen]
     options: dict[str, Any] = {"num_inference_steps": num_steps}
     if guidance is not None:
         options["guidance_scale"] = guidance
     check_steps(loaded, {steps: when}, num_steps)
     swept = loaded.sweep((original, seed), (edit, seed), [[], rule], **options)
-    try:
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         save_png(torch.cat([swept.images[0], swept.edit, swept.images[1]], dim=2), out)
-    except OSError as error:
-        raise ProbekitError(f"--out {str(out)!r}: cannot be written ({error.strerror or error})") from error
     typer.echo(f"{', '.join(la.name for la in chosen)}\nO, E and the result: {out}")
 
 
-def make_pairs(count: int, factors: str, original: str | None, edit: str | None, file: Path | None, seed: int) -> list[Pair]:
+def make_pairs(
+    count: int | None, factors: str | None, original: str | None, edit: str | None, file: Path | None, seed: int) -> list[Pair]:
     """The pairs that the options ask for. Raises ProbekitError where they contradict each other or the file is not in order."""
     own = original is not None or edit is not None
     if own and (original is None or edit is None):
         raise ProbekitError("--prompt-original and --prompt-edit go together: give both")
     if own and file is not None:
         raise ProbekitError("--pairs-file: give either the file or --prompt-original and --prompt-edit")
+    if (own or file is not None) and (count is not None or factors is not None):
+        given = f"--pairs {count}" if count is not None else f"--factors {factors!r}"
+        raise ProbekitError(f"{given}: is for controlled pairs of scenes, not for prompts of your own")
     if file is not None:
         return read_pairs(file, seed)
     if original is not None and edit is not None:
         return [Pair("own-00", OWN, original, edit, _UNRELATED, seed)]
-    return scene_pairs([f.strip() for f in factors.split(",")], count, seed)
+    return scene_pairs([f.strip() for f in (factors or ",".join(FACTORS)).split(",")], count or 8, seed)
 
 
 _UNRELATED = "a small black cross at the bottom on a striped yellow ground"

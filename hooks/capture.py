@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .layers import HookError, Layer, Site, attach, bind, layers, read, select
+from .layers import HookError, Layer, Site, bind, hook_sites, layers, read, select
 from .steps import ALL, Clock, Steps
 
 Keep = Literal["device", "half"]
@@ -116,20 +116,18 @@ def capture(
             tensor = tensor if to == "device" else tensor.half().cpu() if to == "half" else tensor.cpu()
             taken[_key(site, clock.step, clock.call)] = tensor.contiguous()
 
-    def on_output(name: str) -> Callable[..., None]:
+    def on_output(sites: list[Site]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             for site in sites:
-                if site.module == name and site.border == "output":
-                    take(site, output, site.path)
+                take(site, output, site.path)
 
         return hook
 
-    def on_input(name: str) -> Callable[..., None]:
+    def on_input(sites: list[Site]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             arguments = bind(module, args, kwargs).arguments
             for site in sites:
-                if site.module == name and site.border == "input":
-                    take(site, arguments, site.path)
+                take(site, arguments, site.path)
 
         return hook
 
@@ -140,12 +138,7 @@ def capture(
 
     handles = [clock.attach()]
     try:
-        for name, module in attach(denoiser, {site.module for site in sites}).items():
-            borders = {site.border for site in sites if site.module == name}
-            if "output" in borders:
-                handles.append(module.register_forward_hook(on_output(name)))
-            if "input" in borders:
-                handles.append(module.register_forward_pre_hook(on_input(name), with_kwargs=True))
+        handles += hook_sites(denoiser, sites, on_output, on_input)
         handles.append(denoiser.register_forward_hook(end))
         yield captured
     finally:

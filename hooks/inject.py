@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .capture import Captured
-from .layers import HookError, Layer, Site, attach, bind, layers, read, write
+from .layers import HookError, Layer, Site, bind, hook_sites, layers, read, write
 from .steps import ALL, Clock, Steps
 
 
@@ -109,13 +109,7 @@ def inject(denoiser: nn.Module, rules: Rules, *, schedule: Any, rows: int) -> It
     engine = _Engine(clock, _plan(known, rules, rows))
     handles = [clock.attach(), denoiser.register_forward_pre_hook(engine.begin)]
     try:
-        modules = attach(denoiser, {site.module for site in engine.sites})
-        for name, module in modules.items():
-            borders = {site.border for site in engine.sites if site.module == name}
-            if "output" in borders:
-                handles.append(module.register_forward_hook(engine.on_output(name)))
-            if "input" in borders:
-                handles.append(module.register_forward_pre_hook(engine.on_input(name), with_kwargs=True))
+        handles += hook_sites(denoiser, engine.plan, engine.on_output, engine.on_input)
         yield clock
     finally:
         for handle in handles:
@@ -152,7 +146,7 @@ class _Engine:
     """The hooks' state during one `inject`: nothing of it is stored on the model."""
 
     def __init__(self, clock: Clock, plan: dict[Site, list[_Write]]) -> None:
-        self.clock, self.plan, self.sites = clock, plan, list(plan)
+        self.clock, self.plan = clock, plan
         self.kept: dict[Site, dict[int, Tensor]] = {}
         self.active: dict[Steps, frozenset[int]] = {}
         self.schedule: tuple[float, ...] = ()
@@ -164,9 +158,7 @@ class _Engine:
             writes = (write.injection.steps for writes in self.plan.values() for write in writes)
             self.active = {steps: steps.resolve(self.schedule) for steps in writes}
 
-    def on_output(self, name: str) -> Callable[..., Any]:
-        sites = [site for site in self.sites if site.module == name and site.border == "output"]
-
+    def on_output(self, sites: list[Site]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             changed = output
             for site in sites:
@@ -176,9 +168,7 @@ class _Engine:
 
         return hook
 
-    def on_input(self, name: str) -> Callable[..., Any]:
-        sites = [site for site in self.sites if site.module == name and site.border == "input"]
-
+    def on_input(self, sites: list[Site]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             bound = bind(module, args, kwargs)
             changed = False

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 Kind = Literal["resnet", "attention", "block", "mid", "conv", "sampler", "projection"]
 
@@ -301,3 +302,25 @@ def attach(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise HookError(f"a compiled {type(module).__name__} ignores hooks: load the model without compiling it")
     return modules
+
+
+def hook_sites(
+    model: nn.Module,
+    sites: Iterable[Site],
+    on_output: Callable[[list[Site]], Callable[..., Any]],
+    on_input: Callable[[list[Site]], Callable[..., Any]],
+) -> list[RemovableHandle]:
+    """Register, for every module that has sites, a forward hook for those in its output and a pre-hook for those in its input.
+
+    on_output, on_input: given a module's sites, the hook; that of an input is called with the keyword arguments too.
+    """
+    by_place: dict[tuple[str, str], list[Site]] = {}
+    for site in sites:
+        by_place.setdefault((site.module, site.border), []).append(site)
+    modules = attach(model, {name for name, _ in by_place})
+    return [
+        modules[name].register_forward_hook(on_output(found))
+        if border == "output"
+        else modules[name].register_forward_pre_hook(on_input(found), with_kwargs=True)
+        for (name, border), found in by_place.items()
+    ]

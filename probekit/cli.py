@@ -99,13 +99,19 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        app()
+        code = app(standalone_mode=False)
     except Exception as error:
         from probekit.errors import ProbekitError
 
         # hooks are imported only when something has already loaded torch
         hook_error = getattr(sys.modules.get("probekit.hooks.layers"), "HookError", ProbekitError)
-        if not isinstance(error, ProbekitError | hook_error):
+        if isinstance(error, ProbekitError | hook_error):
+            said = str(error)
+        elif hasattr(error, "format_message"):  # typer's, about options: it would draw a box
+            said = error.format_message()
+        else:
             raise
-        typer.echo(f"probekit: {error}", err=True)
+        if said:  # where no command was given the help has been shown
+            typer.echo(f"probekit: {' '.join(said.split())}", err=True)
         sys.exit(2)
+    sys.exit(code or 0)

@@ -55,14 +55,19 @@ def _sift_features(image: Tensor) -> np.ndarray | None:
 
 
 def _sift(a: np.ndarray | None, b: np.ndarray | None) -> float:
-    """1 - matches (ratio 0.75, mutual) over the smaller number of keypoints, in [0, 1]; NaN where a picture has none."""
+    """1 - matches over the smaller number of keypoints, in [0, 1]; NaN where a picture has none.
+
+    A match passes Lowe's ratio test (0.75) both ways, so that the order of the pictures does not count.
+    """
     from skimage.feature import match_descriptors
 
     if a is None or b is None or min(len(a), len(b)) < 2:  # a ratio needs a second-best match
         return float("nan")
     if np.array_equal(a, b):  # repeated textures match ambiguously even with themselves
         return 0.0
-    return 1 - len(match_descriptors(a, b, max_ratio=0.75, cross_check=True)) / min(len(a), len(b))
+    there = {(i, j) for i, j in match_descriptors(a, b, max_ratio=0.75).tolist()}
+    back = {(i, j) for j, i in match_descriptors(b, a, max_ratio=0.75).tolist()}
+    return 1 - len(there & back) / min(len(a), len(b))
 
 
 def _hsv_features(image: Tensor) -> np.ndarray:

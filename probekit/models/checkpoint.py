@@ -29,7 +29,8 @@ class Foreign:
     name = ""
 
     def __init__(self, *arguments: Any, **_: Any) -> None:
-        self.arguments, self.state, self.items = arguments, None, {}
+        self.arguments, self.state = arguments, None
+        self.items: dict[Any, Any] = {}
 
     def __new__(cls, *arguments: Any, **_: Any) -> Foreign:
         made = super().__new__(cls)

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class Schedule:
     """How long and how fast to train. AdamW, linear warm-up, cosine decay to zero, exponential moving average.
 
     `ema` is the averaging constant at its end; it rises as (1 + step) / (10 + step) before.
+    `clip` bounds the gradient's norm over all weights. `betas` are AdamW's.
     With `bfloat16` the forward and backward pass run in bfloat16 on a copy, the weights that are updated stay float32.
     """
 
@@ -35,6 +36,8 @@ class Schedule:
     weight_decay: float = 0.01
     ema: float = 0.999
     bfloat16: bool = False
+    clip: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.99)
 
     def factor(self, step: int) -> float:
         """The learning rate at a step, as a fraction of `learning_rate`."""
@@ -52,19 +55,24 @@ def train(
     seed: int = 0,
     title: str = "",
     save_every_seconds: float = 120.0,
+    snapshots: Mapping[int, Callable[[nn.Module], None]] | None = None,
 ) -> nn.Module:
     """Train `module` in place and return it with its averaged weights.
+
+    snapshots: for some numbers of finished steps, what to do with a copy that has the averaged weights at that moment.
 
     Batch and noise of step s come from a generator seeded with (seed, s) alone, so a run that was killed and started
     again from `checkpoint` ends with the weights of an uninterrupted one (same machine). The checkpoint is replaced
     atomically every `save_every_seconds`.
     """
     parameters: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
-    worker = copy.deepcopy(module).bfloat16() if schedule.bfloat16 else module
+    worker = module
+    if schedule.bfloat16:  # channels_last is up to twice as fast on CPUs with bfloat16 instructions
+        worker = copy.deepcopy(module).bfloat16().to(memory_format=torch.channels_last)
     worker_parameters: list[Tensor] = [p for p in worker.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(
-        parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.99), fused=True
+        parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=schedule.betas, fused=True
     )
     first = 0
     if checkpoint.exists():
@@ -107,7 +115,7 @@ def train(
             if worker is not module:
                 for p, w in zip(parameters, worker_parameters, strict=True):
                     p.grad, w.grad = None if w.grad is None else w.grad.float(), None
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            nn.utils.clip_grad_norm_(parameters, schedule.clip)
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate * schedule.factor(step)
             optimizer.step()
@@ -118,6 +126,8 @@ def train(
             progress.update(task, advance=1, shown="  ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
             if step % 100 == 99:
                 progress.console.print(f"{title} step {step + 1}: " + "  ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+            if snapshots and step + 1 in snapshots:
+                snapshots[step + 1](_averaged(module, parameters, average))
             if time.monotonic() - saved_at > save_every_seconds:
                 save(step + 1)
                 saved_at = time.monotonic()
@@ -126,3 +136,9 @@ def train(
         for p, a in zip(parameters, average, strict=True):
             p.copy_(a)
     return module.eval()
+
+
+def _averaged(module: nn.Module, parameters: list[Tensor], average: list[Tensor]) -> nn.Module:
+    """A copy of `module` with the averaged weights."""
+    twins = {id(p): nn.Parameter(a.clone()) for p, a in zip(parameters, average, strict=True)}
+    return copy.deepcopy(module, memo=dict(twins)).eval()

@@ -1,0 +1,225 @@
+"""The five families of All Roads Lead to Rome on avatars: a VAE, a VQ-VAE, a GAN, a flow and a diffusion model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from probekit.data.avatars import IMAGE_SIZE, TRAIN, Avatars
+from probekit.models import glow, stylegan2, vae, vqvae
+from probekit.zoo.training import Schedule, train
+
+Numbers = dict[str, float]
+Images = Float[Tensor, "n 3 h w"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family's recipe. keep: after how many steps the weights of that moment are kept beside the final ones."""
+
+    about: str
+    build: Callable[[], nn.Module]
+    loss: Callable[[Any, Images, torch.Generator], tuple[Tensor, Numbers]]
+    save: Callable[[Any, Path], None]
+    schedule: Schedule
+    batch: int
+    keep: tuple[int, ...] = ()
+
+
+def train_and_save(name: str, folder: Path, checkpoints: Path, *, seed: int = 0) -> None:
+    """Train one of `FAMILIES` on the training avatars and write its weights; snapshots go to `folder`/step-<n>."""
+    family, avatars = FAMILIES[name], Avatars()
+
+    def loss(network: nn.Module, generator: torch.Generator) -> tuple[Tensor, Numbers]:
+        index = torch.randint(TRAIN, (family.batch,), generator=generator).numpy()
+        images = avatars.images(index).to(next(network.parameters()).dtype)
+        return family.loss(network, images, generator)
+
+    def keep(step: int) -> Callable[[nn.Module], None]:
+        return lambda network: family.save(network, folder / f"step-{step:06d}")
+
+    torch.manual_seed(seed)
+    network = train(
+        family.build(), loss, family.schedule, checkpoint=checkpoints / f"{name}.pt", seed=seed, title=name,
+        snapshots={step: keep(step) for step in family.keep},
+    )  # fmt: skip
+    family.save(network, folder)
+
+
+# --- VAE ---------------------------------------------------------------------------------------------------------------
+
+
+def build_vae() -> nn.Module:
+    """DiffuseVAE's architecture for 32x32 images, with a code of 128."""
+    channels = "32:32,16:64,8:96,4:128,1:128"
+    return vae.VAE(
+        enc_blocks="32x1,32d2,32t16,16x2,16d2,16t8,8x2,8d2,8t4,4x1,4d4,4t1,1x1", enc_channels=channels,
+        dec_blocks="1x1,1u4,1t4,4x1,4u2,4t8,8x2,8u2,8t16,16x2,16u2,16t32,32x1", dec_channels=channels, input_size=IMAGE_SIZE,
+    )  # fmt: skip
+
+
+def vae_loss(network: Any, images: Images, generator: torch.Generator) -> tuple[Tensor, Numbers]:
+    """DiffuseVAE's objective. beta 0.02 means that pixels have a standard deviation of 0.1; with 1 it is 0.7, and blurs."""
+    return vae.loss(network, images, generator, beta=0.02)
+
+
+# --- VQ-VAE ------------------------------------------------------------------------------------------------------------
+
+
+def build_vqvae() -> nn.Module:
+    """A VQModel with two downsamplings, 3x8x8 codes from a book of 256."""
+    from diffusers import VQModel
+
+    made = VQModel(
+        block_out_channels=(32, 64, 64), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1, latent_channels=3, num_vq_embeddings=256, norm_num_groups=8, sample_size=IMAGE_SIZE,
+        mid_block_add_attention=False,
+    )  # fmt: skip
+    # diffusers starts the codes within 1/256 of each other, where nearly all are never chosen
+    nn.init.normal_(made.quantize.embedding.weight)
+    return made
+
+
+# --- GAN ---------------------------------------------------------------------------------------------------------------
+
+_GAN_CHANNELS = (96, 96, 64, 32)
+_R1_EVERY = 16
+
+
+class Adversaries(nn.Module):
+    """A StyleGAN2 generator and its discriminator, trained at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = stylegan2.Generator(
+            z_dim=64, w_dim=64, image_size=IMAGE_SIZE, mapping_layers=4, channels=_GAN_CHANNELS, conv_clamp=256.0
+        )
+        self.discriminator = stylegan2.Discriminator(IMAGE_SIZE, _GAN_CHANNELS)
+
+
+def gan_loss(network: Any, images: Images, generator: torch.Generator) -> tuple[Tensor, Numbers]:
+    """The non-saturating loss, and R1 with weight 1 on every 16th batch or so (Karras et al. 2020, appendix B).
+
+    One backward pass serves both: the generator's loss is taken through a discriminator whose weights are held still, and the
+    discriminator's from pictures that are cut off from the generator.
+    """
+    judge = network.discriminator
+    z = torch.randn(len(images), network.generator.z_dim, generator=generator)
+    made = network.generator(z, noise="random", generator=generator)
+    judge.requires_grad_(False)
+    of_generator = F.softplus(-judge(made)).mean()
+    judge.requires_grad_(True)
+    penalise = bool(torch.rand((), generator=generator) < 1 / _R1_EVERY)
+    images = images.requires_grad_(penalise)
+    real, fake = judge(images), judge(made.detach())
+    of_judge = F.softplus(-real).mean() + F.softplus(fake).mean()
+    numbers = {"generator": of_generator.item(), "real": real.mean().item(), "fake": fake.mean().item()}
+    if penalise:
+        (slope,) = torch.autograd.grad(real.sum(), images, create_graph=True)
+        of_judge = of_judge + _R1_EVERY * 0.5 * slope.square().sum((1, 2, 3)).mean()
+    return of_generator + of_judge, numbers
+
+
+# --- flow --------------------------------------------------------------------------------------------------------------
+
+
+def build_flow() -> nn.Module:
+    """A Glow of three levels with affine couplings and LU-decomposed 1x1 convolutions."""
+    return glow.Glow(in_channels=3, flows=8, blocks=3, affine=True, lu=True, width=96)
+
+
+def flow_loss(network: Any, images: Images, generator: torch.Generator) -> tuple[Tensor, Numbers]:
+    """Bits per dimension of images with 5 bits a channel."""
+    return glow.nll(network, images, generator), {}
+
+
+# --- diffusion ---------------------------------------------------------------------------------------------------------
+
+
+def build_ddpm() -> nn.Module:
+    """A UNet2DModel of three levels, with attention at 8x8."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=IMAGE_SIZE, block_out_channels=(32, 64, 96), layers_per_block=1, norm_num_groups=8, attention_head_dim=16,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+
+
+def ddpm_scheduler() -> Any:
+    """1,000 steps of the linear schedule of Ho et al. 2020, sampled by DDIM."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, clip_sample=False, timestep_spacing="leading"
+    )
+
+
+def ddpm_loss(network: Any, images: Images, generator: torch.Generator) -> tuple[Tensor, Numbers]:
+    """Mean squared error of the predicted noise at uniformly drawn timesteps (Ho et al. 2020, equation 14)."""
+    from probekit.models import ddpm
+
+    return ddpm.loss(network, images, generator, ddpm_scheduler())
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+
+def _save_own(family: str) -> Callable[[Any, Path], None]:
+    """Half precision, in one safetensors file whose metadata name the family and the image size."""
+
+    def save(network: Any, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()}
+        save_file(state, folder / "model.safetensors", {"family": family, "image_size": str(IMAGE_SIZE)})
+
+    return save
+
+
+def _save_generator(network: Any, folder: Path) -> None:
+    _save_own("stylegan2")(network.generator, folder)
+
+
+def _save_vqvae(network: Any, folder: Path) -> None:
+    network.half().save_pretrained(folder)
+
+
+def _save_ddpm(network: Any, folder: Path) -> None:
+    from diffusers import DDIMPipeline
+
+    DDIMPipeline(network.half(), ddpm_scheduler()).save_pretrained(folder)
+
+
+FAMILIES: dict[str, Family] = {
+    "avatar-vae": Family(
+        "VAE of avatars in DiffuseVAE's architecture, a code of 128",
+        build_vae, vae_loss, _save_own("vae"), Schedule(steps=8_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=64,
+    ),
+    "avatar-vqvae": Family(
+        "VQModel of avatars: a grid of 3x8x8, 256 codes",
+        build_vqvae, vqvae.loss, _save_vqvae, Schedule(steps=6_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=32,
+    ),
+    "avatar-gan": Family(
+        "StyleGAN2 of avatars: z and w of 64",
+        Adversaries, gan_loss, _save_generator,
+        Schedule(steps=30_000, learning_rate=2.5e-3, weight_decay=0.0, betas=(0.0, 0.99), clip=100.0), batch=32,
+    ),
+    "avatar-flow": Family(
+        "Glow of avatars: three levels of eight flows, affine couplings; with weights along its training",
+        build_flow, flow_loss, _save_own("glow"), Schedule(steps=20_000, learning_rate=1e-3, weight_decay=0.0), batch=32,
+        keep=(100, 300, 1_000, 3_000, 6_000, 12_000),
+    ),
+    "avatar-ddpm": Family(
+        "DDPM of avatars: UNet2DModel, linear schedule of 1,000 steps, sampled by DDIM",
+        build_ddpm, ddpm_loss, _save_ddpm, Schedule(steps=30_000, learning_rate=8e-4, weight_decay=0.0), batch=32,
+    ),
+}  # fmt: skip
