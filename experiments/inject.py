@@ -47,7 +47,9 @@ Layers = Annotated[
     list[str] | None, typer.Option("--layers", help="Layer names, globs or groups such as @resnets; repeat for more.")
 ]
 StepsOption = Annotated[str, typer.Option(help="Steps to inject at: all, 0-9, 0,3,5, 0%-50% or t1000-200.")]
-StreamOption = Annotated[str | None, typer.Option("--stream", help="main, skip, both, image or text. [default: the layer's own]")]
+StreamOption = Annotated[
+    str | None, typer.Option("--stream", help="main, skip, both, image or text. [default: the layer's own]")
+]
 NumSteps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale. [default: 3 for mini-sd, else the pipeline's own]")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise and of the pairs.")]
@@ -88,14 +90,15 @@ def sweep(
     out: Annotated[Path | None, typer.Option(help="The run's folder. [default: runs/inject-sweep/…]")] = None,
 ) -> None:
     """Inject every layer of E into O, one layer at a time, and measure what each layer carries."""
-    from probekit import hooks, load
+    from probekit import hooks
+    from probekit.models import load_text_to_image
     from probekit.runs import Run, default_folder
 
     chosen = make_pairs(pairs, factors, prompt_original, prompt_edit, pairs_file, seed)
     if windows is not None and not by_time:
         raise ProbekitError(f"--windows {windows}: goes with --by-time")
     window_steps = make_windows(steps, num_steps, (windows or 4) if by_time else 1)
-    loaded = load(model, device=device, dtype=dtype)
+    loaded = load_text_to_image(model, device=device, dtype=dtype)
     check_steps(loaded, window_steps, num_steps)
     names = [la.name for la in hooks.select(loaded.layers, layers or hooks.default_layers(loaded.denoiser))]
     for la in loaded.layers:
@@ -187,14 +190,15 @@ def _picture(
     """Make and write the picture of one custom injection."""
     import torch
 
-    from probekit import hooks, load
+    from probekit import hooks
+    from probekit.models import load_text_to_image
     from probekit.report.images import save_png
     from probekit.runs import writing
 
     if out.suffix.lower() != ".png":
         raise ProbekitError(f"--out {str(out)!r}: name a .png file")
     when = hooks.Steps.parse(steps)
-    loaded = load(model, device=device, dtype=dtype)
+    loaded = load_text_to_image(model, device=device, dtype=dtype)
     chosen = hooks.select(loaded.layers, layers)
     rule = [hooks.Injection(la.name, steps=when, stream=stream, operation=operation) for la in chosen]
     options: dict[str, Any] = {"num_inference_steps": num_steps}
@@ -209,7 +213,8 @@ def _picture(
 
 
 def make_pairs(
-    count: int | None, factors: str | None, original: str | None, edit: str | None, file: Path | None, seed: int) -> list[Pair]:
+    count: int | None, factors: str | None, original: str | None, edit: str | None, file: Path | None, seed: int
+) -> list[Pair]:
     """The pairs that the options ask for. Raises ProbekitError where they contradict each other or the file is not in order."""
     own = original is not None or edit is not None
     if own and (original is None or edit is None):

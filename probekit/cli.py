@@ -38,11 +38,24 @@ def layers(
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
 ) -> None:
     """List a model's layers: order, type, streams, output shape, parameters."""
-    from probekit import hooks, load
+    from probekit import hooks
+    from probekit.models import load
     from probekit.report.terminal import print_layers
 
     loaded = load(model, device=device, dtype=dtype)
-    print_layers(loaded, hooks.select(loaded.layers, select or ["@all"]))
+    print_layers(loaded, hooks.select(hooks.layers(loaded.denoiser), select or ["@all"]))
+
+
+@app.command()
+def models(
+    model: Annotated[str | None, typer.Argument(help="A model to look at. [default: the bundled ones]")] = None,
+) -> None:
+    """List models with their families, latent spaces and sizes, and what each space can do."""
+    from probekit.models import load
+    from probekit.report.terminal import print_models
+    from probekit.zoo import MODELS, PIPELINES
+
+    print_models([load(name, device="cpu") for name in ([model] if model else [*PIPELINES, *MODELS, "random"])])
 
 
 @app.command()

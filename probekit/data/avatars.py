@@ -14,23 +14,26 @@ from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
 from probekit.errors import ProbekitError
 from probekit.runs import write_whole
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 IMAGE_SIZE = 32
 TRAIN, TEST = 20_000, 2_000
 """Of one seed's series, avatars 0 to 19,999 are for training, the next 2,000 for testing."""
 
-# for each field: value -> (how often it is drawn, the attributes that it gives); names that CelebA has mean what they mean there
+# for each part: value -> (how often it is drawn, the attributes that it gives); names of CelebA's mean what they mean there
 _PARTS: dict[str, dict[str, tuple[float, tuple[str, ...]]]] = {
     "background": {
         "#b6e3f4": (3, ("Blue_Background",)), "#ffd5dc": (2, ()), "#ffdfbf": (2, ()), "#d8f0c8": (2, ()),
@@ -203,7 +206,6 @@ class Avatars:
 
     def __init__(self, image_size: int = IMAGE_SIZE, seed: int = 0, cache: Path | None = None) -> None:
         self.image_size, self.seed = image_size, seed
-        self.attributes = ATTRIBUTES
         parts = json.dumps(
             [_PARTS, _VIEW, _BEARD_COLOUR, *(version(p) for p in ("dicebear-core", "dicebear-styles", "resvg-py"))]
         )
@@ -223,9 +225,11 @@ class Avatars:
         """Pictures in [-1, 1]."""
         return torch.from_numpy(self._take("images", indices)).float() / 127.5 - 1
 
-    def labels(self, indices: Sequence[int] | np.ndarray) -> Bool[np.ndarray, "n attributes"]:
-        """Which attributes each avatar has, in the order of `attributes`."""
-        return self._take("labels", indices)
+    def labels(self, indices: Sequence[int] | np.ndarray) -> pd.DataFrame:
+        """Which attributes each avatar has: one row an index, one column of bool an attribute."""
+        import pandas as pd
+
+        return pd.DataFrame(self._take("labels", indices), columns=list(ATTRIBUTES))
 
     def _take(self, what: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         wanted = np.asarray(indices, dtype=np.int64)

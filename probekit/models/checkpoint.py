@@ -33,8 +33,9 @@ class Foreign:
         self.items: dict[Any, Any] = {}
 
     def __new__(cls, *arguments: Any, **_: Any) -> Foreign:
+        """Pickle makes objects by this alone."""
         made = super().__new__(cls)
-        made.__init__(*arguments)  # type: ignore[misc]  # pickle makes objects by __new__ alone
+        made.__init__(*arguments)  # type: ignore[misc]
         return made
 
     def __setstate__(self, state: Any) -> None:
@@ -46,7 +47,8 @@ class Foreign:
 
 # what trainers put beside their tensors: Lightning's hyper-parameters and callbacks, StyleGAN's persistent modules
 _FOREIGN = (
-    "argparse", "dnnlib", "lightning", "lightning_fabric", "omegaconf", "pathlib", "pytorch_lightning", "torch_utils.persistence",
+    "argparse", "dnnlib", "lightning", "lightning_fabric", "omegaconf", "pathlib", "pytorch_lightning",
+    "torch_utils.persistence",
 )  # fmt: skip
 _CORES = ("numpy.core.multiarray", "numpy._core.multiarray")
 

@@ -373,19 +373,19 @@ def model(network: Glow, name: str, image_size: int) -> Model:
         raise ProbekitError(f"model {name!r}: its ActNorm layers are not initialised; let a batch of images through it")
     shapes = network.latent_shapes(image_size)
     sizes = [math.prod(shape) for shape in shapes]
-    device = next(network.parameters()).device
+    place = next(network.parameters())
 
     def levels(images: Tensor) -> list[Level]:
         size = tuple(images.shape[1:])
         if size != (3, image_size, image_size):
             raise ProbekitError(f"model {name!r}: images of shape {size}, it takes {(3, image_size, image_size)}")
-        return network.levels(images.to(device) / 2)
+        return network.levels(images.to(place) / 2)
 
     def join(latents: Iterable[Tensor]) -> Tensor:
         return torch.cat([level.flatten(1) for level in latents], 1).cpu()
 
     def part(latents: Tensor) -> list[Tensor]:
-        parts = torch.split(latents.to(device), sizes, dim=1)
+        parts = torch.split(latents.to(place), sizes, dim=1)
         return [level.reshape(len(level), *shape) for level, shape in zip(parts, shapes, strict=True)]
 
     def decode(latents: Tensor, reconstruct: bool) -> Tensor:

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import nn
 
 from probekit.errors import ProbekitError
@@ -33,6 +34,17 @@ class Model:
         if name not in self.spaces:
             raise ProbekitError(f"model {self.name!r}: no space {name!r}; it has {', '.join(self.spaces)}")
         return self.spaces[name]
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The U-Net of a ddpm. Raises ProbekitError for another family."""
+        if self.network is None or self.family != "ddpm":
+            raise ProbekitError(f"model {self.name!r}: a {self.family}; layers are those of denoisers, U-Nets and transformers")
+        return self.network
+
+    def denoise_once(self) -> None:
+        """Call the denoiser on one picture, for what watches its layers."""
+        self.denoiser(torch.zeros(1, 3, self.image_size, self.image_size, device=next(self.denoiser.parameters()).device), 0)
 
     @cached_property
     def parameters(self) -> int:

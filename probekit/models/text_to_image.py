@@ -61,7 +61,7 @@ class TextToImage:
         for library in (logging, transformers.utils.logging):
             library.disable_progress_bar()
             library.set_verbosity_error()
-        place = _device(device)
+        place = choose_device(device)
         try:
             index = DiffusionPipeline.load_config(str(path))
             chosen = _dtype(dtype, place, transformer="transformer" in index)
@@ -84,6 +84,10 @@ class TextToImage:
     def denoiser(self) -> nn.Module:
         """The U-Net or transformer."""
         return hooks.denoiser(self.pipeline)
+
+    def denoise_once(self) -> None:
+        """Call the denoiser on one picture, for what watches its layers."""
+        self.pipeline(**hooks.stack([self.row("", 0)]), num_inference_steps=1, output_type="latent")
 
     @cached_property
     def layers(self) -> list[hooks.Layer]:
@@ -142,7 +146,8 @@ class TextToImage:
         return encoded
 
 
-def _device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
+    """`auto` is cuda, then mps, then cpu. Raises ProbekitError where the device is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

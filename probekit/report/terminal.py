@@ -11,7 +11,7 @@ from rich.table import Table
 from probekit import hooks
 
 if TYPE_CHECKING:
-    from probekit.models import TextToImage
+    from probekit.models import Model, TextToImage
 
 
 def console() -> Console:
@@ -20,10 +20,9 @@ def console() -> Console:
     return here if here.is_terminal else Console(width=240)
 
 
-def print_layers(model: TextToImage, layers: Sequence[hooks.Layer]) -> None:
-    """A table of layers; output shapes are those of one picture, read off a one-step generation."""
-    shapes = hooks.output_shapes(model.denoiser, layers, lambda: model.pipeline(
-        **hooks.stack([model.row("", 0)]), num_inference_steps=1, output_type="latent"))  # fmt: skip
+def print_layers(model: TextToImage | Model, layers: Sequence[hooks.Layer]) -> None:
+    """A table of a denoiser's layers; output shapes are those of one picture, read off one call of the denoiser."""
+    shapes = hooks.output_shapes(model.denoiser, layers, model.denoise_once)
     modules = dict(model.denoiser.named_modules())
     table = Table(title=f"{model.name}: {type(model.denoiser).__name__}", title_justify="left")
     for heading in ("order", "layer", "type", "streams", "output", "parameters"):
@@ -32,6 +31,27 @@ def print_layers(model: TextToImage, layers: Sequence[hooks.Layer]) -> None:
         count = sum(p.numel() for p in modules[la.name].parameters())
         shape = "x".join(map(str, shapes[la.name][1:]))
         table.add_row(str(la.order), la.name, la.kind, ", ".join(la.streams), shape, f"{count:,}")
+    console().print(table)
+
+
+def print_models(models: Sequence[TextToImage | Model]) -> None:
+    """A table of models: one line a latent space, with what it can do."""
+    from probekit.models import TextToImage
+
+    table = Table(title="models", title_justify="left")
+    for heading in ("name", "family", "images", "weights", "space", "shape", "encodes", "decodes", "samples", "what it is"):
+        table.add_column(heading, justify="right" if heading == "weights" else "left", no_wrap=heading != "what it is")
+    for model in models:
+        if isinstance(model, TextToImage):
+            count = sum(p.numel() for p in model.denoiser.parameters())
+            table.add_row(model.name, "text-to-image", "", f"{count:,}", *[""] * 5, type(model.pipeline).__name__)
+            continue
+        for i, space in enumerate(model.spaces.values()):
+            first = (model.name, model.family, f"{model.image_size}x{model.image_size}", f"{model.parameters:,}")
+            can = ("yes" if part else "-" for part in (space.encoder, space.decoder, space.sampler))
+            shape = "x".join(map(str, space.shape))
+            table.add_row(*(first if i == 0 else [""] * 4), space.name, shape, *can, space.about)
+        table.add_section()
     console().print(table)
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 PIPELINES = ("mini-sd",)
 """Bundled text-to-image pipelines."""
 
+MODELS = ("avatar-vae", "avatar-vqvae", "avatar-gan", "avatar-flow", "avatar-ddpm")
+"""Bundled models with latent spaces."""
+
 WEIGHTS = Path(__file__).parent / "weights"
 
 

@@ -202,11 +202,13 @@ def _save_ddpm(network: Any, folder: Path) -> None:
 FAMILIES: dict[str, Family] = {
     "avatar-vae": Family(
         "VAE of avatars in DiffuseVAE's architecture, a code of 128",
-        build_vae, vae_loss, _save_own("vae"), Schedule(steps=8_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=64,
+        build_vae, vae_loss, _save_own("vae"),
+        Schedule(steps=8_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=64,
     ),
     "avatar-vqvae": Family(
         "VQModel of avatars: a grid of 3x8x8, 256 codes",
-        build_vqvae, vqvae.loss, _save_vqvae, Schedule(steps=6_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=32,
+        build_vqvae, vqvae.loss, _save_vqvae,
+        Schedule(steps=6_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=32,
     ),
     "avatar-gan": Family(
         "StyleGAN2 of avatars: z and w of 64",

@@ -54,7 +54,7 @@ class Loss:
     def __call__(self, reader: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """The loss of one batch."""
         index = torch.randint(TRAIN, (BATCH,), generator=generator).numpy()
-        images, truth = self.avatars.images(index), torch.from_numpy(self.avatars.labels(index)).float()
+        images, truth = self.avatars.images(index), torch.from_numpy(self.avatars.labels(index).to_numpy()).float()
         images = images + 0.1 * torch.rand(BATCH, 1, 1, 1, generator=generator) * torch.randn(images.shape, generator=generator)
         soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
         images = torch.lerp(images, soft, 0.7 * torch.rand(BATCH, 1, 1, 1, generator=generator))
@@ -67,7 +67,7 @@ def evaluate(n: int = 2000, seed: int = 0) -> list[tuple[str, float, float | Non
     """The share of the test avatars, at most 2,000, whose attribute the bundled reader gets right, for every attribute."""
     avatars, reader = Avatars(seed=seed), load(weights("avatar-reader"))
     index = avatars.split("test")[:n]
-    right = (reader.read(avatars.images(index)).numpy() == avatars.labels(index)).mean(0)
+    right = (reader.read(avatars.images(index)).numpy() == avatars.labels(index).to_numpy()).mean(0)
     return [(name, float(share), 0.99) for name, share in zip(ATTRIBUTES, right, strict=True)]
 
 

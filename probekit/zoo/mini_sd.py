@@ -151,10 +151,10 @@ def evaluate(n: int = 500, seed: int = 1) -> list[tuple[str, float, float | None
     reconstructions of drawn scenes.
     """
     from probekit.data.scenes import VALUES, labels, sample_scenes
-    from probekit.models import load
+    from probekit.models import load_text_to_image
     from probekit.zoo import GUIDANCE, scene_reader, weights
 
-    model, reader = load("mini-sd", device="cpu"), scene_reader.load(weights("scene-reader"))
+    model, reader = load_text_to_image("mini-sd", device="cpu"), scene_reader.load(weights("scene-reader"))
     generator = torch.Generator().manual_seed(seed)
     scenes = sample_scenes(n, generator, held_out=True)
     drawn = render(scenes, generator)
