@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test lint clean
 
 demo: .venv/installed
-	$(BIN)/probekit inject sweep --pairs 3 --num-steps 12 --out runs/inject-sweep/demo
+	$(BIN)/probekit inject sweep --pairs 3 --num-steps 10 --out runs/inject-sweep/demo
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -q

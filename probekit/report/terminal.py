@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from probekit import hooks
 
 if TYPE_CHECKING:
     from probekit.models import Model, TextToImage
+    from probekit.zoo import Measured
 
 
 def console() -> Console:
@@ -69,12 +71,13 @@ def print_zoo() -> None:
     console().print(table)
 
 
-def print_evaluation(name: str, rows: Sequence[tuple[str, float, float | None]]) -> None:
+def print_evaluation(name: str, rows: Sequence[Measured]) -> None:
     """A table of a model's measurement with the bars it is meant to reach."""
     table = Table(title=name, title_justify="left")
     for heading in ("measured", "value", "bar"):
         table.add_column(heading, justify="left" if heading == "measured" else "right")
-    for what, value, bar in rows:
+    for what, value, bar, unit in rows:
+        shown = "-" if math.isnan(value) else f"{value:.1%}" if unit == "share" else f"{value:.3g} {unit}".strip()
         missed = bar is not None and value < bar
-        table.add_row(what, f"[red]{value:.1%}[/red]" if missed else f"{value:.1%}", "" if bar is None else f"{bar:.0%}")
+        table.add_row(what, f"[red]{shown}[/red]" if missed else shown, "" if bar is None else f"{bar:.0%}")
     console().print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 PIPELINES = ("mini-sd",)
 """Bundled text-to-image pipelines."""
@@ -16,6 +17,18 @@ WEIGHTS = Path(__file__).parent / "weights"
 def weights(name: str) -> Path:
     """The folder of a bundled model's weights."""
     return WEIGHTS / name
+
+
+class Measured(NamedTuple):
+    """One line of a model's measurement: what, its value, the bar it should reach if any, and the unit.
+
+    The unit `share` is of [0, 1], shown in percent. The value is NaN where the model cannot do it.
+    """
+
+    what: str
+    value: float
+    bar: float | None = None
+    unit: str = "share"
 
 
 GUIDANCE = {"mini-sd": 3.0}

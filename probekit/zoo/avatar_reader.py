@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from probekit.data.avatars import ATTRIBUTES, IMAGE_SIZE, TRAIN, Avatars
-from probekit.zoo import weights
+from probekit.zoo import Measured, weights
 from probekit.zoo.training import Schedule, train
 
 SCHEDULE = Schedule(steps=3000, learning_rate=2e-3, ema=0.998, bfloat16=True)
@@ -63,12 +63,12 @@ class Loss:
         return F.binary_cross_entropy_with_logits(logits, truth) * len(ATTRIBUTES), {}
 
 
-def evaluate(n: int = 2000, seed: int = 0) -> list[tuple[str, float, float | None]]:
+def evaluate(n: int = 2000, seed: int = 0) -> list[Measured]:
     """The share of the test avatars, at most 2,000, whose attribute the bundled reader gets right, for every attribute."""
     avatars, reader = Avatars(seed=seed), load(weights("avatar-reader"))
     index = avatars.split("test")[:n]
     right = (reader.read(avatars.images(index)).numpy() == avatars.labels(index).to_numpy()).mean(0)
-    return [(name, float(share), 0.99) for name, share in zip(ATTRIBUTES, right, strict=True)]
+    return [Measured(name, float(share), 0.99) for name, share in zip(ATTRIBUTES, right, strict=True)]
 
 
 def train_and_save(folder: Path, checkpoints: Path, *, seed: int = 0) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from probekit.data.scenes import PLACES, SIZES, render, split
 from probekit.runs import write_whole
+from probekit.zoo import Measured
 from probekit.zoo.training import Schedule, train
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def train_and_save(folder: Path, checkpoints: Path, *, seed: int = 0, vae_folder
     pipeline.to(torch.float16).save_pretrained(folder)
 
 
-def evaluate(n: int = 500, seed: int = 1) -> list[tuple[str, float, float | None]]:
+def evaluate(n: int = 500, seed: int = 1) -> list[Measured]:
     """What the scene reader finds in pictures of n captions that training never saw, at the bundled guidance, 20 steps.
 
     The bars are the ones this model is meant to reach; size has none. The last row is the reader on the autoencoder's
@@ -177,6 +178,6 @@ def evaluate(n: int = 500, seed: int = 1) -> list[tuple[str, float, float | None
         return {a: torch.cat([r[a] for r in readings]) == truth[a] for a in VALUES}
 
     painted, rebuilt = right(seen), right(decoded)
-    rows: list[tuple[str, float, float | None]] = [(a, painted[a].float().mean().item(), bars.get(a)) for a in VALUES]
+    rows = [Measured(a, painted[a].float().mean().item(), bars.get(a)) for a in VALUES]
     whole, ceiling = (torch.stack(list(r.values())).all(0).float().mean().item() for r in (painted, rebuilt))
-    return [*rows, ("all six", whole, None), ("all six, reconstructions", ceiling, None)]
+    return [*rows, Measured("all six", whole), Measured("all six, reconstructions", ceiling)]

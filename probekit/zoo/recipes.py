@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from probekit.errors import ProbekitError
-from probekit.zoo import scene_clip, scene_reader, scene_vae, weights
-
-Table = list[tuple[str, float, float | None]]
-"""Rows of a measurement: what, the value as a share in [0, 1] unless named otherwise, the bar it should reach if any."""
+from probekit.zoo import MODELS, Measured, avatar_reader, scene_clip, scene_reader, scene_vae, weights
 
 
 @dataclass(frozen=True)
@@ -20,7 +17,7 @@ class Recipe:
 
     about: str
     train: Callable[[Path, Path, int], None]
-    evaluate: Callable[[int, int], Table]
+    evaluate: Callable[[int, int], list[Measured]]
 
 
 def find(name: str) -> Recipe:
@@ -40,11 +37,34 @@ def _train_mini_sd(folder: Path, checkpoints: Path, seed: int) -> None:
     mini_sd.train_and_save(folder, checkpoints, seed=seed, vae_folder=vae, clip_folder=weights("scene-clip"))
 
 
-def _evaluate_mini_sd(n: int, seed: int) -> Table:
+def _evaluate_mini_sd(n: int, seed: int) -> list[Measured]:
     from probekit.zoo import mini_sd
 
     return mini_sd.evaluate(n, seed)
 
+
+def _avatar_recipe(name: str) -> Recipe:
+    # the families' modules import diffusers, which a list of names can do without
+    def train(folder: Path, checkpoints: Path, seed: int) -> None:
+        from probekit.zoo import avatar_families
+
+        avatar_families.train_and_save(name, folder, checkpoints, seed=seed)
+
+    def evaluate(n: int, seed: int) -> list[Measured]:
+        from probekit.zoo import avatar_families
+
+        return avatar_families.evaluate(name, n, seed)
+
+    return Recipe(_AVATARS[name], train, evaluate)
+
+
+_AVATARS = {
+    "avatar-vae": "VAE of 32x32 avatars in DiffuseVAE's architecture, a code of 128",
+    "avatar-vqvae": "VQModel of avatars: a grid of 3x8x8, 256 codes",
+    "avatar-gan": "StyleGAN2 of avatars: z and w of 64",
+    "avatar-flow": "Glow of avatars: three levels of eight flows, affine couplings; and its weights along the training",
+    "avatar-ddpm": "DDPM of avatars: UNet2DModel, linear schedule of 1,000 steps, sampled by DDIM",
+}
 
 RECIPES: dict[str, Recipe] = {
     "mini-sd": Recipe(
@@ -62,4 +82,10 @@ RECIPES: dict[str, Recipe] = {
         lambda folder, checkpoints, seed: scene_clip.train_and_save(folder, checkpoints, seed=seed),
         scene_clip.evaluate,
     ),
+    "avatar-reader": Recipe(
+        "CNN that reads 33 attributes off an avatar",
+        lambda folder, checkpoints, seed: avatar_reader.train_and_save(folder, checkpoints, seed=seed),
+        avatar_reader.evaluate,
+    ),
+    **{name: _avatar_recipe(name) for name in MODELS},
 }

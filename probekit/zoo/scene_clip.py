@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from probekit.data.scenes import VALUES, all_scenes, labels, render, sample_scenes
+from probekit.zoo import Measured
 from probekit.zoo.training import Schedule, train
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def train_and_save(folder: Path, checkpoints: Path, *, seed: int = 0) -> None:
 
 
 @torch.no_grad()
-def evaluate(n: int = 500, seed: int = 1) -> list[tuple[str, float, float | None]]:
+def evaluate(n: int = 500, seed: int = 1) -> list[Measured]:
     """Among n held-out scenes: how often a picture's nearest caption is its own, and a caption's nearest picture.
 
     Captions that occur twice count as the same.
@@ -120,6 +121,6 @@ def evaluate(n: int = 500, seed: int = 1) -> list[tuple[str, float, float | None
         return sum(scenes[i] == scene for i, scene in zip(nearest.tolist(), scenes, strict=True)) / n
 
     return [
-        (f"picture to caption, of {n}", right(logits.argmax(1)), None),
-        (f"caption to picture, of {n}", right(logits.argmax(0)), None),
+        Measured(f"picture to caption, of {n}", right(logits.argmax(1))),
+        Measured(f"caption to picture, of {n}", right(logits.argmax(0))),
     ]

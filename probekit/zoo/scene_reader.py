@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from probekit.data.scenes import VALUES, labels, render, sample_scenes
-from probekit.zoo import weights
+from probekit.zoo import Measured, weights
 from probekit.zoo.training import Schedule, train
 
 SCHEDULE = Schedule(steps=2000, learning_rate=2e-3, ema=0.998, bfloat16=True)
@@ -58,7 +58,7 @@ def loss(reader: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[st
     return value, {}
 
 
-def evaluate(n: int = 4000, seed: int = 1) -> list[tuple[str, float, float | None]]:
+def evaluate(n: int = 4000, seed: int = 1) -> list[Measured]:
     """The share of held-out scenes, freshly rendered, that the bundled reader gets right, per attribute."""
     reader = load(weights("scene-reader"))
     generator = torch.Generator().manual_seed(seed)
@@ -68,7 +68,7 @@ def evaluate(n: int = 4000, seed: int = 1) -> list[tuple[str, float, float | Non
         seen, truth = reader.read(render(scenes, generator)), labels(scenes)
         for a in VALUES:
             right[a] += int((seen[a] == truth[a]).sum())
-    return [(a, hits / n, 0.99) for a, hits in right.items()]
+    return [Measured(a, hits / n, 0.99) for a, hits in right.items()]
 
 
 def train_and_save(folder: Path, checkpoints: Path, *, seed: int = 0) -> None:
