@@ -100,10 +100,12 @@ def sweep(
     window_steps = make_windows(steps, num_steps, (windows or 4) if by_time else 1)
     loaded = load_text_to_image(model, device=device, dtype=dtype)
     check_steps(loaded, window_steps, num_steps)
-    names = [la.name for la in hooks.select(loaded.layers, layers or hooks.default_layers(loaded.denoiser))]
-    for la in loaded.layers:
-        if la.name in names:
-            la.stream(stream)
+    selected = hooks.select(loaded.layers, layers or hooks.default_layers(loaded.denoiser))
+    if stream is not None and layers is None and any(stream in la.streams for la in selected):
+        selected = [la for la in selected if stream in la.streams]
+    for la in selected:
+        la.stream(stream)  # refuses a stream that the layer does not have
+    names = [la.name for la in selected]
     scale = loaded.defaults.get("guidance_scale") if guidance is None else guidance
     options: dict[str, Any] = {
         "model": model, "digest": loaded.digest, "pairs": [vars(p) for p in chosen], "layers": names, "stream": stream,

@@ -41,6 +41,8 @@ def load(name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto")
     if name == "random":
         return random.model(32)
     if name in MODELS:
+        if not weights(name).is_dir():
+            raise ProbekitError(f"model {name!r}: is not trained yet; probekit zoo train {name}")
         return _on(device, dtype, _load_folder(weights(name), name))
     if path.is_file():
         return _on(device, dtype, _load_file(path, name))

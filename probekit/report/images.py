@@ -17,9 +17,9 @@ def to_uint8(image: Float[Tensor, "3 h w"]) -> np.ndarray:
     return ((image.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
 
 
-def save_png(image: Float[Tensor, "3 h w"], path: Path) -> None:
+def save_png(image: Float[Tensor, "3 h w"], path: Path | str) -> None:
     """Write an image in [-1, 1] as PNG, and see it to the disk."""
-    with path.open("wb") as file:
+    with Path(path).open("wb") as file:
         Image.fromarray(to_uint8(image)).save(file, "PNG")
         file.flush()
         os.fsync(file.fileno())

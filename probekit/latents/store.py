@@ -1,0 +1,128 @@
+"""Latents on disk: each image of a data set encoded once by a latent space, in a chunked and compressed array."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from probekit import __version__
+from probekit.data.dataset import Dataset
+from probekit.errors import ProbekitError
+from probekit.latents.space import LatentSpace
+from probekit.runs import write_whole, writing
+
+if TYPE_CHECKING:
+    import zarr
+
+BLOCK = 100
+"""Images are encoded in blocks of this many, numbers 0 to 99 first; a block is on disk whole or not at all."""
+
+
+class LatentStore:
+    """The latents of one space for one data set: a zarr array `latents` (images, *shape), float32, NaN where not encoded.
+
+    Beside it lie `labels/`, a parquet file a block with a row an image, and `provenance.json`. Noise that a space draws comes from a
+    generator seeded with the seed and the block's number, so that latents depend neither on what is asked for nor in which
+    order.
+
+    folder: the store's own, made where there is none. Raises ProbekitError for a folder that holds other latents (another
+    model, space, data set or seed), naming what differs, and for a damaged one.
+    """
+
+    def __init__(self, folder: Path, space: LatentSpace, digest: str, data: Dataset, *, seed: int = 0) -> None:
+        import zarr
+
+        self.folder, self.space, self.data, self.seed = folder, space, data, seed
+        self.provenance: dict[str, Any] = {
+            "model": space.model, "model_digest": digest, "space": space.name, "shape": list(space.shape), "data": data.name,
+            "data_digest": data.digest, "image_size": data.image_size, "seed": seed, "probekit": __version__,
+        }  # fmt: skip
+        described = folder / "provenance.json"
+        if described.exists():
+            self._refuse_other(described)
+        elif folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+            raise ProbekitError(f"latents {str(folder)!r}: exists and holds no latents; name a new or an empty folder")
+        else:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                codecs = [zarr.codecs.BloscCodec(cname="zstd", clevel=3), zarr.codecs.Crc32cCodec()]
+                zarr.create_array(
+                    folder / "latents", shape=(len(data), *space.shape), chunks=(BLOCK, *space.shape), dtype="float32",
+                    compressors=codecs, fill_value=float("nan"), overwrite=True,
+                )  # fmt: skip
+                write_whole(described, json.dumps(self.provenance, indent=2).encode())
+        try:
+            self._array: zarr.Array = zarr.open_array(folder / "latents", mode="r+")
+        except Exception as error:  # zarr raises a dozen kinds
+            raise ProbekitError(f"latents {str(folder)!r}: cannot be opened ({_brief(error)}); delete the folder") from error
+
+    def _refuse_other(self, described: Path) -> None:
+        try:
+            stored = json.loads(described.read_bytes())
+            differ = [k for k, v in self.provenance.items() if k != "probekit" and stored.get(k) != v]
+        except (OSError, ValueError, AttributeError) as error:
+            raise ProbekitError(
+                f"latents {str(self.folder)!r}: provenance.json cannot be read; delete the folder"
+            ) from error
+        if differ:
+            said = ", ".join(f"{k} {stored.get(k)!r} there, {self.provenance[k]!r} here" for k in differ)
+            raise ProbekitError(f"latents {str(self.folder)!r}: of something else ({said}); name another folder")
+
+    @property
+    def encoded(self) -> np.ndarray:
+        """The numbers of the images that are encoded, in order."""
+        done = sorted(int(p.stem) for p in (self.folder / "labels").glob("*.parquet"))
+        return np.concatenate([self._numbers(b) for b in done]) if done else np.empty(0, dtype=np.int64)
+
+    def encode(self, indices: Sequence[int] | np.ndarray, on_block: Callable[[int], None] = lambda images: None) -> None:
+        """Encode the blocks that hold these images, those that are there already excepted.
+
+        on_block: called after every block, with the number of images in it. Raises ProbekitError, naming the space, for
+        latents that are not finite.
+        """
+        (self.folder / "labels").mkdir(exist_ok=True)
+        for block in np.unique(np.asarray(indices, dtype=np.int64) // BLOCK).tolist():
+            # written last, the labels say that the block is whole
+            mark = self.folder / "labels" / f"{block:06d}.parquet"
+            numbers = self._numbers(block)
+            if not mark.exists():
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + block)
+                latents = self.space.encode(self.data.images(numbers), generator).numpy()
+                if not np.isfinite(latents).all():
+                    raise ProbekitError(f"space {str(self.space)!r}: gives latents that are not finite")
+                with writing(self.folder):
+                    self._array[numbers[0] : numbers[-1] + 1] = latents
+                    labels = self.data.labels(numbers)
+                    labels.insert(0, "image", numbers)
+                    write_whole(mark, labels.to_parquet(index=False))
+            on_block(len(numbers))
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> Float[np.ndarray, "n d"]:
+        """Latents as flat vectors. Raises ProbekitError for images that are not encoded and for damaged files."""
+        numbers = np.asarray(indices, dtype=np.int64)
+        try:
+            latents = self._array.oindex[numbers]
+        except Exception as error:
+            raise ProbekitError(f"latents {str(self.folder)!r}: damaged ({_brief(error)}); delete the folder") from error
+        flat = np.asarray(latents, dtype=np.float32).reshape(len(numbers), -1)
+        if missing := numbers[np.isnan(flat).any(1)].tolist():
+            raise ProbekitError(f"latents {str(self.folder)!r}: image {missing[0]} is not encoded, or damaged")
+        return flat
+
+    def _numbers(self, block: int) -> np.ndarray:
+        return np.arange(block * BLOCK, min((block + 1) * BLOCK, len(self.data)))
+
+
+def default_folder(space: LatentSpace, digest: str, data: Dataset, seed: int = 0) -> Path:
+    """runs/latents/<model>-<space>-<data>-<what they are>: the same space and data find the same folder again."""
+    return Path("runs") / "latents" / f"{Path(space.model).stem}-{space.name}-{data.name}-{digest}-{data.digest}-{seed}"
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
