@@ -1,1 +1,48 @@
-"""Data sets with known factors."""
+"""Data sets of images with labels: drawn ones with known factors, CelebA, and any folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from probekit.errors import ProbekitError
+
+if TYPE_CHECKING:
+    from probekit.data.dataset import Dataset
+
+
+def load(spec: str, image_size: int) -> Dataset:
+    """A data set by its name or place, its images `image_size` pixels high and wide.
+
+    spec:
+        `avatars`: drawn faces (`probekit.data.avatars.Avatars`);
+        `celeba:PATH`: `img_align_celeba/` and the labels beside it (`probekit.data.celeba.CelebA`);
+        `folder:PATH` or `folder:PATH,labels=FILE`: any images (`probekit.data.folder.ImageFolder`), the labels a csv file in
+        that folder or elsewhere;
+        `PATH`: a folder, CelebA where it holds `img_align_celeba/`.
+
+    Raises ProbekitError for any other spec, and for what the data set cannot read.
+    """
+    if image_size < 1:
+        raise ProbekitError(f"image size {image_size}: choose 1 pixel or more")
+    if spec == "avatars":
+        from probekit.data.avatars import Avatars
+
+        return Avatars(image_size)
+    kind, _, place = spec.partition(":") if spec.startswith(("celeba:", "folder:")) else ("", "", spec)
+    path, comma, labels = place.partition(",labels=")
+    root = Path(path).expanduser()
+    if not path or (comma and not labels) or not (kind or root.is_dir()):
+        raise ProbekitError(
+            f"data set {spec!r}: choose avatars, celeba:PATH, folder:PATH, folder:PATH,labels=FILE.csv, or the path of a folder"
+        )
+    if kind == "celeba" or (not kind and not comma and (root / "img_align_celeba").is_dir()):
+        from probekit.data.celeba import CelebA
+
+        return CelebA(root, image_size)
+    from probekit.data.folder import ImageFolder
+
+    if not comma:
+        return ImageFolder(root, image_size)
+    file = Path(labels).expanduser()
+    return ImageFolder(root, image_size, labels=root / file if (root / file).exists() else file)

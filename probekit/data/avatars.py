@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 IMAGE_SIZE = 32
-TRAIN, TEST = 20_000, 2_000
-"""Of one seed's series, avatars 0 to 19,999 are for training, the next 2,000 for testing."""
+TRAIN, TEST = 20_000, 10_000
+"""Of one seed's series, avatars 0 to 19,999 are for training, the next 10,000 for testing."""
 
 # for each part: value -> (how often it is drawn, the attributes that it gives); names of CelebA's mean what they mean there
 _PARTS: dict[str, dict[str, tuple[float, tuple[str, ...]]]] = {

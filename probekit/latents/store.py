@@ -27,9 +27,9 @@ BLOCK = 100
 class LatentStore:
     """The latents of one space for one data set: a zarr array `latents` (images, *shape), float32, NaN where not encoded.
 
-    Beside it lie `labels/`, a parquet file a block with a row an image, and `provenance.json`. Noise that a space draws comes from a
-    generator seeded with the seed and the block's number, so that latents depend neither on what is asked for nor in which
-    order.
+    Beside it lie `labels/`, a parquet file a block with a row an image, and `provenance.json`. Noise that a space draws comes
+    from a generator seeded with the seed and the block's number, so that latents depend neither on what is asked for nor in
+    which order.
 
     folder: the store's own, made where there is none. Raises ProbekitError for a folder that holds other latents (another
     model, space, data set or seed), naming what differs, and for a damaged one.
@@ -67,9 +67,7 @@ class LatentStore:
             stored = json.loads(described.read_bytes())
             differ = [k for k, v in self.provenance.items() if k != "probekit" and stored.get(k) != v]
         except (OSError, ValueError, AttributeError) as error:
-            raise ProbekitError(
-                f"latents {str(self.folder)!r}: provenance.json cannot be read; delete the folder"
-            ) from error
+            raise ProbekitError(f"latents {str(self.folder)!r}: provenance.json cannot be read; delete the folder") from error
         if differ:
             said = ", ".join(f"{k} {stored.get(k)!r} there, {self.provenance[k]!r} here" for k in differ)
             raise ProbekitError(f"latents {str(self.folder)!r}: of something else ({said}); name another folder")

@@ -56,7 +56,7 @@ def train_and_save(name: str, folder: Path, checkpoints: Path, *, seed: int = 0)
 
 
 def evaluate(name: str, n: int, seed: int) -> list[Measured]:
-    """How well a bundled model keeps and makes avatars, on n test avatars (at most 2,000) and as many samples.
+    """How well a bundled model keeps and makes avatars, on n test avatars (at most 10,000) and as many samples.
 
     Reconstructions are decode(encode(image)) in the first space that does both, `mean` for the VAE. The Fréchet distances are
     over AlexNet features and depend on n: beside them stands that of training avatars, the least there is to reach. LPIPS is

@@ -64,7 +64,7 @@ class Loss:
 
 
 def evaluate(n: int = 2000, seed: int = 0) -> list[Measured]:
-    """The share of the test avatars, at most 2,000, whose attribute the bundled reader gets right, for every attribute."""
+    """The share of the test avatars, at most 10,000, whose attribute the bundled reader gets right, for every attribute."""
     avatars, reader = Avatars(seed=seed), load(weights("avatar-reader"))
     index = avatars.split("test")[:n]
     right = (reader.read(avatars.images(index)).numpy() == avatars.labels(index).to_numpy()).mean(0)
