@@ -79,7 +79,7 @@ def scikit_learn(spaces: list[np.ndarray]) -> Iterator[Map]:
         eigenvalue = len(source) * source.var(axis=0, dtype=np.float64).sum() / min(len(source) - 1, source.shape[1])
         for j, target in enumerate(spaces):
             if i != j:
-                fitted = RidgeCV(alphas=np.logspace(-5, 4, 10) * eigenvalue).fit(source.astype(np.float64), target)
+                fitted = RidgeCV(alphas=np.logspace(-5, 4, 10) * eigenvalue).fit(source, target)
                 yield (i, j), fitted.alpha_, fitted.coef_, fitted.intercept_, -fitted.best_score_
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import itertools
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pandas as pd
@@ -77,21 +79,19 @@ def test_celeba_shows_the_middle_178_pixels(tmp_path: Path) -> None:
 
 
 def test_celeba_is_what_the_papers_transforms_give(tmp_path: Path) -> None:
-    from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
-
     data = CelebA(celeba(tmp_path))
-    transform = Compose([ToTensor(), Resize(64, antialias=True), CenterCrop(64)])
     with Image.open(tmp_path / "img_align_celeba" / "000001.jpg") as image:
-        theirs = transform(image) * 2 - 1
-    difference = (data.images([0])[0] - theirs).abs()
-    # they reduce 218 pixels to 78 before they crop, which shifts rows by up to 0.16 of a pixel
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    # ToTensor, Resize(64), CenterCrop(64) of torchvision: 218 rows become 78 before the crop, which shifts them by 0.16 at most
+    resized = torch.nn.functional.interpolate(pixels, (78, 64), mode="bilinear", antialias=True)
+    difference = (data.images([0])[0] - resized[0, :, 7:71]).abs()
     assert difference.mean() < 0.01 and difference.max() < 0.15
 
 
 def test_both_label_formats_of_celeba_agree(tmp_path: Path) -> None:
     text, table = CelebA(celeba(tmp_path / "a")), CelebA(celeba(tmp_path / "b", kind="csv"))
     labels = text.labels(range(len(SOME)))
-    assert list(labels.columns) == NAMES and (labels.dtypes == bool).all()
+    assert list(labels.columns) == NAMES and labels.dtypes.eq(bool).all()
     assert labels.to_numpy().tolist() == [has(n) for n in SOME]
     pd.testing.assert_frame_equal(labels, table.labels(range(len(SOME))))
     assert text.digest == table.digest and len(text.digest) == 12
@@ -131,7 +131,7 @@ def test_celebas_partition_file_decides(tmp_path: Path, kind: str) -> None:
 def test_a_part_of_celeba_without_test_images_says_so_once(tmp_path: Path) -> None:
     data = CelebA(celeba(tmp_path, [1, 2, 3]))
     assert data.split("train").tolist() == [0, 1, 2]
-    with pytest.raises(ProbekitError, match="none of its 3 images .000001.jpg to 000003.jpg. is in test; add") as error:
+    with pytest.raises(ProbekitError, match=r"none of its 3 images \(000001.jpg to 000003.jpg\) is in test; add") as error:
         data.split("test")
     assert "182638 to 202599" in one_line(error)
 
@@ -276,10 +276,10 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "e.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
     data = ImageFolder(tmp_path, 16)
     assert data.images([0, 3]).shape == (2, 3, 16, 16) and data.images([]).shape == (0, 3, 16, 16)
-    for number, name, said in ((1, "b.jpg", "truncated"), (2, "c.png", "is no PNG"), (4, "e.png", "is no PNG")):
+    for number, name, said in ((1, "b.jpg", "truncated"), (2, "c.png", "is no png"), (4, "e.png", "is no png")):
         with pytest.raises(ProbekitError) as error:
             data.images([0, number, 3])
-        assert name in one_line(error) and said in one_line(error)
+        assert name in one_line(error) and said in one_line(error).lower()
     (tmp_path / "d.jpg").unlink()
     with pytest.raises(ProbekitError, match=r"d.jpg': cannot be read \(No such file or directory\)"):
         data.images([3])
@@ -303,13 +303,13 @@ def test_folders_that_hold_nothing_are_named(tmp_path: Path) -> None:
         ImageFolder(tmp_path)
 
 
-def test_linked_folders_count_and_circles_are_named(tmp_path: Path) -> None:
+def test_linked_folders_count_once(tmp_path: Path) -> None:
     folder(tmp_path / "there", ["a.png"])
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "link").symlink_to(tmp_path / "there")
     assert len(ImageFolder(tmp_path / "here")) == 1
     (tmp_path / "there" / "back").symlink_to(tmp_path / "there")
-    with pytest.raises(ProbekitError, match="cannot be read"):
+    with pytest.raises(ProbekitError, match="back': is a link to a folder whose images are already here"):
         ImageFolder(tmp_path / "here")
 
 
@@ -549,6 +549,11 @@ BARE = [
 draw = cache(Avatar.draw)
 
 
+@cache
+def first_thousand() -> list[Avatar]:
+    return [avatar(i) for i in range(1000)]
+
+
 def differs(one: Avatar, other: Avatar) -> np.ndarray:
     return (draw(one) != draw(other)).any(0)
 
@@ -567,13 +572,13 @@ def where_drawn(part: str, top: str) -> np.ndarray:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Blocks of 25 avatars, which are drawn in a moment."""
-    monkeypatch.setattr(avatars, "_BLOCK", 25)
-    return 25
+    """Blocks of 10 avatars, which are drawn in a moment."""
+    monkeypatch.setattr(avatars, "_BLOCK", 10)
+    return 10
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, small_blocks: int) -> None:
-    asked = [0, 60, 3, 26, 25, 3]  # of three blocks, out of order, one twice
+    asked = [0, 25, 3, 11, 10, 3]  # of three blocks, out of order, one twice
     images = Avatars(cache=tmp_path / "a").images(asked)
     assert images.shape == (6, 3, 32, 32) and images.min() >= -1 and images.max() <= 1
     drawn = np.stack([avatar(i).draw() for i in asked])
@@ -590,7 +595,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, small_blocks: int) -
 
 def test_labels_are_exact() -> None:
     assert set(GIVEN) == set(ATTRIBUTES)
-    for shown in map(avatar, range(1000)):
+    for shown in first_thousand():
         hidden = {"hair"} if shown.top in WITHOUT_HAIR else set()
         hidden |= {"eyes"} if shown.accessories == "sunglasses" else set()
         expected = {a for a, (part, values) in GIVEN.items() if part not in hidden and getattr(shown, part) in values}
@@ -598,13 +603,13 @@ def test_labels_are_exact() -> None:
 
 
 def test_every_attribute_comes_and_goes() -> None:
-    often = np.mean([[a in avatar(i).attributes for a in ATTRIBUTES] for i in range(1000)], axis=0)
+    often = np.mean([[a in shown.attributes for a in ATTRIBUTES] for shown in first_thousand()], axis=0)
     assert (often > 0.02).all() and (often < 0.9).all()
 
 
 def test_the_data_sets_labels_are_the_avatars(tmp_path: Path, small_blocks: int) -> None:
-    labels = Avatars(cache=tmp_path).labels(range(30))
-    assert labels.columns.tolist() == list(ATTRIBUTES) and (labels.dtypes == bool).all()
+    labels = Avatars(cache=tmp_path).labels(range(15))
+    assert labels.columns.tolist() == list(ATTRIBUTES) and labels.dtypes.eq(bool).all()
     for i, row in enumerate(labels.to_dict("records")):
         assert {name for name, there in row.items() if there} == avatar(i).attributes
 
@@ -648,7 +653,7 @@ def test_a_face_s_parts_are_drawn_in_their_places() -> None:
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES)
 def test_counterfactuals_differ_in_one_part_one_attribute_and_where_it_is_drawn(attribute: str) -> None:
-    for index in (0, 7, 123, 20_500):
+    for index in (0, 7, 20_500):
         without, having = counterfactual(index, attribute)
         assert having.attributes - without.attributes == {attribute} and without.attributes <= having.attributes
         (part,) = (p for p in PARTS if getattr(without, p) != getattr(having, p))
@@ -668,6 +673,10 @@ def test_counterfactuals_of_no_attribute_are_refused() -> None:
 
 
 def damaged(block: bytes, how: str) -> bytes:
+    with ZipFile(io.BytesIO(block)) as archive:
+        first = archive.infolist()[0]
+    # the file's header: 30 bytes, the name and an extra field
+    start = first.header_offset + 30 + int.from_bytes(block[26:28], "little") + int.from_bytes(block[28:30], "little")
     middle = len(block) // 3
     return {
         "empty": b"",
@@ -675,20 +684,20 @@ def damaged(block: bytes, how: str) -> bytes:
         "end missing": block[:-1],
         "no archive": b"not an archive" * 10,
         "other bytes inside": block[:middle] + bytes(200) + block[middle + 200 :],
-        "bits flipped": block[:middle] + bytes(255 - b for b in block[middle : middle + 200]) + block[middle + 200 :],
+        "no stream": block[:start] + b"\xff" + block[start + 1 :],  # deflate has no block of this type
     }[how]
 
 
-@pytest.mark.parametrize("how", ["empty", "cut short", "end missing", "no archive", "other bytes inside", "bits flipped"])
+@pytest.mark.parametrize("how", ["empty", "cut short", "end missing", "no archive", "other bytes inside", "no stream"])
 def test_a_damaged_block_is_drawn_again(tmp_path: Path, small_blocks: int, how: str) -> None:
     first = Avatars(cache=tmp_path)
-    images, labels = first.images(range(25)), first.labels(range(25))
+    images, labels = first.images(range(small_blocks)), first.labels(range(small_blocks))
     (file,) = tmp_path.rglob("*.npz")
     whole = file.read_bytes()
     file.write_bytes(damaged(whole, how))
     again = Avatars(cache=tmp_path)
-    assert torch.equal(again.images(range(25)), images)
-    pd.testing.assert_frame_equal(again.labels(range(25)), labels)
+    assert torch.equal(again.images(range(small_blocks)), images)
+    pd.testing.assert_frame_equal(again.labels(range(small_blocks)), labels)
     assert file.read_bytes() == whole
 
 

@@ -29,7 +29,7 @@ IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 READING = "centre square, bilinear with antialiasing"
 """What becomes of an image between its file and its pixels; a part of every digest."""
 
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _TEST_SHARE = 0.1
 _MOST_CLASSES = 20
 _BINARY = ({"0", "1"}, {"-1", "1"}, {"true", "false"}, {"yes", "no"})
@@ -105,14 +105,18 @@ class ImageFolder:
 def list_images(folder: Path) -> dict[str, int]:
     """The images in a folder and in the folders inside it: name relative to it, with slashes -> bytes; ordered by name.
 
-    Raises ProbekitError for a folder that is not there or cannot be read, and one without images.
+    Raises ProbekitError for a folder that is not there or cannot be read, one without images, and a link that makes images
+    count twice.
     """
     if not folder.is_dir():
         raise ProbekitError(f"folder {str(folder)!r}: {'is no folder' if folder.exists() else 'does not exist'}")
     found: dict[str, int] = {}
+    seen: set[str] = set()
     try:
-        # os.walk follows links here: one that leads in circles ends as an OSError
         for inside, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+            if (real := os.path.realpath(inside)) in seen:
+                raise ProbekitError(f"folder {inside!r}: is a link to a folder whose images are already here; remove the link")
+            seen.add(real)
             folders[:] = [name for name in folders if not name.startswith(".")]
             before = "" if inside == str(folder) else f"{Path(inside).relative_to(folder).as_posix()}/"
             for name in files:

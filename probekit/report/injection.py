@@ -377,11 +377,11 @@ def _time_figure(findings: Findings) -> Figure:
                     ax.text(x, y, f"{value:.2f}".removeprefix("0"), ha="center", va="center", fontsize=7,
                             color="white" if value > 0.62 else "#26251f")  # fmt: skip
             ax.set_title(factor, color=colour(factor, factors), fontsize=10, fontweight="bold")
-            ax.set_xticks(range(len(windows)), windows)
+            ax.set_xticks(range(len(windows)), [w.replace("%", "") for w in windows])
             ax.set_yticks(range(len(layers)), [short(la) for la in layers])
             ax.tick_params(length=0)
             for spine in ax.spines.values():
                 spine.set_visible(False)
-        figure.supxlabel(f"steps injected (0 is noise); transfer by {_DESCRIPTORS[findings.descriptor]}", fontsize=9)
+        figure.supxlabel(f"steps injected, in percent (0 is noise); transfer by {_DESCRIPTORS[findings.descriptor]}", fontsize=9)
         plt.close(figure)
     return figure
