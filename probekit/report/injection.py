@@ -382,6 +382,8 @@ def _time_figure(findings: Findings) -> Figure:
             ax.tick_params(length=0)
             for spine in ax.spines.values():
                 spine.set_visible(False)
-        figure.supxlabel(f"steps injected, in percent (0 is noise); transfer by {_DESCRIPTORS[findings.descriptor]}", fontsize=9)
+        figure.supxlabel(
+            f"steps injected, in percent (0 is noise); transfer by {_DESCRIPTORS[findings.descriptor]}", fontsize=9
+        )
         plt.close(figure)
     return figure

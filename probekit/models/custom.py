@@ -1,0 +1,68 @@
+"""A model of the user's own: a class with encode, decode or both, in a Python file."""
+
+from __future__ import annotations
+
+import hashlib
+import runpy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probekit.errors import ProbekitError
+from probekit.latents import LatentSpace
+from probekit.models.model import Model
+
+
+def load_class(file: Path, class_name: str) -> Model:
+    """The model that a class in a Python file describes, which is run; its one space is called `latent`.
+
+    The class is made without arguments. It has `image_size`, and `encode(images) -> latents`, `decode(latents) -> images` or
+    both: images (n, 3, h, w) in [-1, 1], latents (n, …), tensors. A class that cannot encode also has `sample(n, generator)`,
+    which draws latents, so that its own pictures can be used.
+
+    Raises ProbekitError, in one line, for a file that cannot be read, has no such class, or whose class is not so.
+    """
+    where = f"{file}:{class_name}"
+    try:
+        found = runpy.run_path(str(file)).get(class_name)
+        if found is None:
+            raise ProbekitError(f"model {where!r}: the file has no class {class_name!r}")
+        made = found()
+    except OSError as error:
+        raise ProbekitError(f"model {where!r}: cannot be read ({error.strerror})") from error
+    except ProbekitError:
+        raise
+    except Exception as error:
+        raise ProbekitError(f"model {where!r}: {type(error).__name__}: {error}") from error
+    size = getattr(made, "image_size", None)
+    if not isinstance(size, int) or size < 1:
+        raise ProbekitError(f"model {where!r}: needs image_size, a whole number of pixels; it has {size!r}")
+    ways = {way: getattr(made, way, None) for way in ("encode", "decode", "sample")}
+    if not (ways["encode"] or (ways["decode"] and ways["sample"])):
+        raise ProbekitError(f"model {where!r}: needs encode(images), or decode(latents) and sample(n, generator)")
+
+    def checked(way: str, *given: Any) -> Tensor:
+        try:
+            value = ways[way](*given)  # type: ignore[misc]
+        except Exception as error:
+            raise ProbekitError(f"model {where!r}: {way}: {type(error).__name__}: {error}") from error
+        if not isinstance(value, Tensor) or value.ndim < 2:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ProbekitError(f"model {where!r}: {way} must return a tensor with a row an item, not {got}")
+        return value.detach().float().cpu()
+
+    with torch.no_grad():
+        if ways["encode"]:
+            one = checked("encode", torch.zeros(1, 3, size, size))
+        else:
+            one = checked("sample", 1, torch.Generator().manual_seed(0))
+    space = LatentSpace(
+        where, "latent", tuple(one.shape[1:]), (found.__doc__ or "a model of one's own").strip().splitlines()[0],
+        encoder=(lambda images, _: checked("encode", images)) if ways["encode"] else None,
+        decoder=(lambda latents: checked("decode", latents).clamp(-1, 1)) if ways["decode"] else None,
+        sampler=(lambda n, generator: checked("sample", n, generator)) if ways["sample"] else None,
+    )  # fmt: skip
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    return Model(where, "custom", size, None, {"latent": space}, source=digest)
