@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from probekit import ProbekitError, __version__
-from probekit.experiments import inject
+from probekit.experiments import inject, stitch
 
 app = typer.Typer(
     help="Find out where generative image models keep what they know about an image.",
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 zoo = typer.Typer(help="The small models that ship with probekit: train them, measure them.", no_args_is_help=True)
 app.add_typer(inject.app, name="inject")
+app.add_typer(stitch.app, name="stitch")
 app.add_typer(zoo, name="zoo")
 
 
@@ -65,9 +66,10 @@ def describe(run: Annotated[Path, typer.Argument(help="The folder of a finished 
     from probekit.runs import open_run
 
     config, rows = open_run(run)
-    if config["experiment"] != "inject-sweep":
+    shows = {"inject-sweep": inject.show, "stitch-run": stitch.show}
+    if config["experiment"] not in shows:
         raise ProbekitError(f"run {str(run)!r}: of an unknown experiment {config['experiment']!r}")
-    inject.show(run, config, rows)
+    shows[config["experiment"]](run, config, rows)
 
 
 @zoo.command("list")

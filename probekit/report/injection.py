@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from probekit.metrics.roles import EVERYTHING, NO_ROLE, roles, summarise
+from probekit.report.figures import command_line, save_figure, style
 from probekit.runs import write_whole
 
 if TYPE_CHECKING:
@@ -130,10 +130,10 @@ def write_report(folder: Path, config: dict[str, Any], findings: Findings) -> Pa
 
     windows, layers, factors = findings.windows, findings.layers, findings.factors
     (folder / "figures").mkdir(exist_ok=True)
-    _save(_layers_figure(folder, config, findings), folder / "figures" / "layers")
-    figures = {"roles": _save(_roles_figure(findings), folder / "figures" / "roles")}
+    save_figure(_layers_figure(folder, config, findings), folder / "figures" / "layers")
+    figures = {"roles": save_figure(_roles_figure(findings), folder / "figures" / "roles")}
     if len(windows) > 1:
-        figures["time"] = _save(_time_figure(findings), folder / "figures" / "time")
+        figures["time"] = save_figure(_time_figure(findings), folder / "figures" / "time")
     pairs = [
         {**pair, "O": _data_uri(folder, pair, "O"), "E": _data_uri(folder, pair, "E"),
          "layers": {w: {la: _data_uri(folder, pair, f"{w}_{la}") for la in layers} for w in windows}}
@@ -199,11 +199,6 @@ def _level(layer: str, layers: list[str]) -> int:
     return 99 if layer.startswith("mid") else 0
 
 
-def command_line(command: list[str]) -> str:
-    """The command as one would type it."""
-    return shlex.join([Path(command[0]).name, *command[1:]])
-
-
 def _records(numbers: pd.DataFrame) -> list[dict[str, Any]]:
     """The factors' numbers for the page, which knows null but no NaN."""
     columns = ["factor", "transfer", "low", "high", "null", "null_low", "null_high", "damage"]
@@ -239,26 +234,6 @@ def _data_uri(folder: Path, pair: dict[str, Any], name: str) -> str:
 # --- figures -----------------------------------------------------------------------------------------------------------
 
 
-def _style() -> dict[str, Any]:
-    return {
-        "font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.edgecolor": "#8a8880",
-        "xtick.color": "#3b3a36", "ytick.color": "#3b3a36", "text.color": "#26251f", "axes.labelcolor": "#26251f",
-        "svg.fonttype": "path", "svg.hashsalt": "probekit",
-    }  # fmt: skip
-
-
-def _save(figure: Figure, path: Path) -> str:
-    """Write PNG and SVG; returns the SVG's markup. Nothing in either depends on the time of writing."""
-    from matplotlib import pyplot as plt
-
-    with plt.rc_context(_style()):  # its salt makes the ids in the SVG the same every time
-        figure.savefig(path.with_suffix(".png"), dpi=160, metadata={"Software": None})
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    svg = path.with_suffix(".svg").read_text()
-    return svg[svg.index("<svg") :]
-
-
 def _roles_figure(findings: Findings) -> Figure:
     """Transfer of every factor at every layer, with intervals, nulls and the role that follows, in the first window."""
     import matplotlib
@@ -270,7 +245,7 @@ def _roles_figure(findings: Findings) -> Figure:
 
     layers, factors = findings.layers, findings.factors
     summary = findings.main[findings.main.window == findings.windows[0]]
-    with plt.rc_context(_style()):
+    with plt.rc_context(style()):
         figure, (ax, harm) = plt.subplots(
             2, 1, figsize=(max(7.5, 0.56 * len(layers) + 1.6), 5.4), height_ratios=(4.2, 1), sharex=True, layout="constrained"
         )
@@ -323,7 +298,7 @@ def _layers_figure(folder: Path, config: dict[str, Any], findings: Findings) -> 
     window, layers, factors = findings.windows[0], findings.layers, findings.factors
     first = {pair["factor"]: pair for pair in reversed(config["options"]["pairs"])}
     columns = ["O", "E", *layers]
-    with plt.rc_context(_style()):
+    with plt.rc_context(style()):
         figure, axes = plt.subplots(
             len(factors), len(columns), figsize=(0.62 * len(columns), 0.66 * len(factors) + 1.1), squeeze=False,
             gridspec_kw={"wspace": 0.06, "hspace": 0.06, "left": 0.075, "right": 0.972, "bottom": 0.02,
@@ -355,7 +330,7 @@ def _time_figure(findings: Findings) -> Figure:
     from matplotlib.colors import LinearSegmentedColormap
 
     windows, layers, factors = findings.windows[1:], findings.layers, findings.factors
-    with plt.rc_context(_style()):
+    with plt.rc_context(style()):
         figure, axes = plt.subplots(
             1,
             len(factors),

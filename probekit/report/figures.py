@@ -1,0 +1,36 @@
+"""What all reports share: how figures look and are written, and how a command is told."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def style() -> dict[str, Any]:
+    """matplotlib's settings for every figure."""
+    return {
+        "font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.edgecolor": "#8a8880",
+        "xtick.color": "#3b3a36", "ytick.color": "#3b3a36", "text.color": "#26251f", "axes.labelcolor": "#26251f",
+        "svg.fonttype": "path", "svg.hashsalt": "probekit",
+    }  # fmt: skip
+
+
+def save_figure(figure: Figure, path: Path) -> str:
+    """Write PNG and SVG; returns the SVG's markup. Nothing in either depends on the time of writing."""
+    from matplotlib import pyplot as plt
+
+    with plt.rc_context(style()):  # its salt makes the ids in the SVG the same every time
+        figure.savefig(path.with_suffix(".png"), dpi=160, metadata={"Software": None})
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    svg = path.with_suffix(".svg").read_text()
+    return svg[svg.index("<svg") :]
+
+
+def command_line(command: list[str]) -> str:
+    """The command as one would type it."""
+    return shlex.join([Path(command[0]).name, *command[1:]])
