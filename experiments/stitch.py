@@ -255,11 +255,12 @@ def _stitch(opened: Run, unit: str, source: Place, target: Place, name: str, cod
         parts = zip(*(torch.split(x, 50) for x in large), strict=True)
         errors["LPIPS"] = torch.cat([lpips.network()(a, b).flatten() for a, b in parts]).numpy()
     one, two = alexnet_features(images).numpy(), alexnet_features(true).numpy()
+    drawn_by = "" if codes.drawn_by is None else codes.drawn_by.name
     measured = {what: (*bootstrap(values, seed=options["seed"]), len(values)) for what, values in errors.items()}
     resampled = bootstrap(lambda rows: frechet(one[rows], two[rows]), len(one), seed=options["seed"], resamples=100)
     measured["fd-alexnet"] = (*resampled, len(one))
     rows = [
-        {"source": source.name, "target": target.name, "images": name, "alpha": alpha, "measure": what,
+        {"source": source.name, "target": target.name, "images": name, "drawn_by": drawn_by, "alpha": alpha, "measure": what,
          "value": value, "low": low, "high": high, "n": n}
         for what, (value, low, high, n) in measured.items()
     ]  # fmt: skip

@@ -20,7 +20,7 @@ OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
 def probekit(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*PROBEKIT, *map(str, arguments)], capture_output=True, text=True, env=OFFLINE, cwd=cwd, timeout=300)
+    return subprocess.run([*PROBEKIT, *map(str, arguments)], capture_output=True, text=True, env=OFFLINE, cwd=cwd, timeout=1200)
 
 
 @pytest.fixture(scope="session")

@@ -107,7 +107,7 @@ def test_injecting_e_into_itself_gives_e_at_every_layer_of_mini_sd() -> None:
 @pytest.fixture(scope="session")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "mini-sd"
-    done = probekit("inject", "sweep", "--pairs", "4", "--num-steps", "10", "--out", out)
+    done = probekit("inject", "sweep", "--pairs", "4", "--num-steps", "8", "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -132,7 +132,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     again = tmp_path / "again"
     layers = ["--layers", "mid_block.*", "--layers", "up_blocks.1.resnets.*"]
     for out in (again, tmp_path / "and-again"):
-        done = probekit("inject", "sweep", "--pairs", "1", "--num-steps", "5", *layers, "--out", out)
+        done = probekit("inject", "sweep", "--pairs", "1", "--factors", "structure", "--num-steps", "5", *layers, "--out", out)
         assert done.returncode == 0, done.stderr
     for name in ("results.parquet", "figures/roles.png", "figures/roles.svg"):
         assert (again / name).read_bytes() == (tmp_path / "and-again" / name).read_bytes(), name

@@ -120,7 +120,8 @@ class LatentStore:
 
 def default_folder(space: LatentSpace, digest: str, data: Dataset, seed: int = 0) -> Path:
     """runs/latents/<model>-<space>-<data>-<what they are>: the same space and data find the same folder again."""
-    return Path("runs") / "latents" / f"{Path(space.model).stem}-{space.name}-{data.name}-{digest}-{data.digest}-{seed}"
+    label = "".join(c if c.isalnum() or c in "-." else "_" for c in f"{Path(space.model).name}-{space.name}-{data.name}")
+    return Path("runs") / "latents" / f"{label}-{digest}-{data.digest}-{seed}"
 
 
 def _brief(error: Exception) -> str:

@@ -64,5 +64,5 @@ def load_class(file: Path, class_name: str) -> Model:
         decoder=(lambda latents: checked("decode", latents).clamp(-1, 1)) if ways["decode"] else None,
         sampler=(lambda n, generator: checked("sample", n, generator)) if ways["sample"] else None,
     )  # fmt: skip
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
-    return Model(where, "custom", size, None, {"latent": space}, source=digest)
+    source = hashlib.sha256(class_name.encode() + file.read_bytes()).hexdigest()
+    return Model(where, "custom", size, None, {"latent": space}, source=source)

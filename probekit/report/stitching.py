@@ -47,10 +47,11 @@ def write_report(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> Pa
     (folder / "figures").mkdir(exist_ok=True)
     figures: list[dict[str, str]] = []
     for number, (images, group) in enumerate(rows.groupby("images", sort=False)):
-        targets = group.target.unique().tolist() if number == 0 else [_drawn_by(str(images))]
-        shown = group[group.target.isin(targets)]
-        figure = _grid(folder, shown, examples=range(3 if number == 0 else 8))
-        name = "reconstructions" if number == 0 else f"samples-{number}"
+        # of a model's own samples, what other encoders and its decoder make of them (figure 2)
+        drawn_by = group.drawn_by.iloc[0]
+        shown = group[group.target == drawn_by] if drawn_by else group
+        figure = _grid(folder, shown, examples=range(8 if drawn_by else 3))
+        name = f"samples-{number}" if drawn_by else "reconstructions"
         figures.append(
             {"title": f"Stitched reconstructions of {images}", "svg": save_figure(figure, folder / "figures" / name)}
         )
@@ -59,7 +60,7 @@ def write_report(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> Pa
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = templates.get_template("stitching.html").render(
         config=config, options=config["options"], command=command_line(config["command"]), figures=figures, heat=heat,
-        latent=latent, best=_best(rows), rows=rows.to_dict("records"), n=int(rows.n.max()),
+        latent=latent, best=_best(rows), rows=rows.to_dict("records"), n=config["options"]["test"],
     )  # fmt: skip
     report = folder / "report.html"
     write_whole(report, page.encode())
@@ -70,14 +71,11 @@ def _row(by: pd.DataFrame, measure: str) -> Any:
     return by.loc[measure] if measure in by.index else None
 
 
-def _drawn_by(images: str) -> str:
-    return images.removeprefix("samples of ")
-
-
 def _best(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """For every target, the source whose stitched pictures are nearest in LPIPS, and its own decoder's and chance's value."""
     found = []
-    lpips = rows[rows.measure == "LPIPS"]
+    # on the same pictures only: a decoder's own samples where it cannot encode, else the data set
+    lpips = rows[(rows.measure == "LPIPS") & ((rows.drawn_by == "") | (rows.drawn_by == rows.target))]
     for target, group in lpips.groupby("target", sort=False):
         by = group.set_index("source").value
         others = by.drop([target, "random"], errors="ignore")
@@ -101,7 +99,7 @@ def _grid(folder: Path, rows: pd.DataFrame, examples: range) -> Figure:
     with plt.rc_context(style()):
         size = 0.62
         figure, axes = plt.subplots(
-            len(lines), len(columns), figsize=(1.6 + size * len(columns), 0.95 + size * len(lines)), squeeze=False,
+            len(lines), len(columns), figsize=(1.6 + size * len(columns), (0.95 if several else 0.15) + size * len(lines)), squeeze=False,
             gridspec_kw={"wspace": 0.06, "hspace": 0.06},
         )  # fmt: skip
         for i, source in enumerate(lines):
@@ -124,7 +122,12 @@ def _grid(folder: Path, rows: pd.DataFrame, examples: range) -> Figure:
                     ax.set_title("true" if target is None else target, rotation=60, ha="left", va="bottom", fontsize=7.5)
                 if j == 0:
                     ax.set_ylabel("true" if source is None else source, rotation=0, ha="right", va="center", fontsize=8)
-        figure.subplots_adjust(left=1.5 / figure.get_figwidth(), right=0.99, bottom=0.01, top=1 - 0.85 / figure.get_figheight())
+        figure.subplots_adjust(
+            left=1.5 / figure.get_figwidth(),
+            right=0.99,
+            bottom=0.01,
+            top=1 - (0.85 if several else 0.05) / figure.get_figheight(),
+        )
         plt.close(figure)
     return figure
 
@@ -141,7 +144,7 @@ def _heatmaps(rows: pd.DataFrame, measures: tuple[str, ...]) -> Figure:
     from matplotlib import pyplot as plt
     from matplotlib.colors import LogNorm, Normalize
 
-    sources, targets = rows.source.unique().tolist(), rows[rows.source != rows.target].target.unique().tolist()
+    sources, targets = rows.source.unique().tolist(), rows.target.unique().tolist()
     with plt.rc_context(style()):
         width, height = 1.5 + 0.66 * len(targets), 1.35 + 0.36 * len(sources)
         across = 2
