@@ -22,6 +22,7 @@ __all__ = ["Model", "TextToImage", "load", "load_space", "load_text_to_image"]
 
 _NOISE_ONLY = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 _HUB_ID = r"[\w.-]+/[\w.-]+"
+_SUFFIXES = (".ckpt", ".pkl", ".pt", ".pth", ".safetensors")
 
 
 def load(name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto") -> TextToImage | Model:
@@ -36,7 +37,7 @@ def load(name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto")
 
     Raises ProbekitError, in one line, for what is none of these and for a folder or file that cannot be read.
     """
-    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    name, path = str(name_or_path), _path(name_or_path)
     if name in PIPELINES:
         return TextToImage.from_pretrained(weights(name), name=name, device=device, dtype=dtype)
     if name == "random":
@@ -47,7 +48,7 @@ def load(name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto")
         return _on(device, dtype, _load_folder(weights(name), name))
     if path.is_file():
         return _on(device, dtype, _load_file(path, name))
-    if not path.is_dir() and (path.exists() or not re.fullmatch(_HUB_ID, name)):
+    if not path.is_dir() and (path.exists() or path.suffix in _SUFFIXES or not re.fullmatch(_HUB_ID, name)):
         bundled = [*PIPELINES, *MODELS, "random"]
         near = difflib.get_close_matches(name, bundled, n=1) or bundled
         raise ProbekitError(
@@ -97,6 +98,17 @@ def _on(device: str, dtype: str, loaded: Model) -> Model:
     return loaded
 
 
+def _path(name_or_path: str | Path) -> Path:
+    """The path with `~` made whole, where it can be looked at."""
+    try:
+        path = Path(name_or_path).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long a name, a folder that may not be read, nobody's home
+        reason = getattr(error, "strerror", error)
+        raise ProbekitError(f"model {str(name_or_path)[:160]!r}: cannot be read ({reason})") from error
+    return path
+
+
 def _pipeline_class(place: str | Path) -> str:
     """The class that a folder's or hub id's model_index.json names, "" where there is none to read."""
     from diffusers import DiffusionPipeline
@@ -111,12 +123,12 @@ def _load_folder(folder: Path, name: str) -> Model:
     """A folder of a single diffusers network, or of one that probekit saved itself."""
     own = folder / "model.safetensors"
     if own.is_file() and (saved := _metadata(own, name)).get("family"):
-        return _of_family(saved["family"], checkpoint.read(own), name, int(saved["image_size"]))
+        return _own(saved, checkpoint.read(own), name)
     if (folder / "model_index.json").is_file():  # a bundled one
         return ddpm.load_folder(folder, name)
     try:
-        kind = json.loads((folder / "config.json").read_bytes()).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
+        kind = str(json.loads((folder / "config.json").read_bytes()).get("_class_name"))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ProbekitError(
             f"model {name!r}: the folder is no model, it has neither a model_index.json nor a config.json of diffusers"
         ) from error
@@ -124,6 +136,13 @@ def _load_folder(folder: Path, name: str) -> Model:
     if kind not in loaders:
         raise ProbekitError(f"model {name!r}: the folder holds a {kind}; whole pipelines, {' and '.join(loaders)} are known")
     return loaders[kind](folder, name)
+
+
+def _own(saved: Mapping[str, str], state: Mapping[str, Any], name: str) -> Model:
+    """A network whose file says its family and its images' size."""
+    if not saved.get("image_size", "").isdecimal():
+        raise ProbekitError(f"model {name!r}: its image_size is {saved.get('image_size')!r}, a number of pixels is needed")
+    return _of_family(saved["family"], state, name, int(saved["image_size"]))
 
 
 def _metadata(file: Path, name: str) -> dict[str, str]:
@@ -141,7 +160,10 @@ def _of_family(family: str, state: Mapping[str, Any], name: str, image_size: int
     families: dict[str, Any] = {"vae": vae, "glow": glow, "stylegan2": stylegan2}
     if family not in families:
         raise ProbekitError(f"model {name!r}: of a family {family!r} that this version does not know")
-    network = builders[family](**families[family].config_of(state))
+    try:
+        network: Any = checkpoint.allow(lambda: builders[family](**families[family].config_of(state)), state)
+    except ProbekitError as error:
+        raise ProbekitError(f"model {name!r}: {error}") from error
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -152,6 +174,8 @@ def _of_family(family: str, state: Mapping[str, Any], name: str, image_size: int
 def _load_file(file: Path, name: str) -> Model:
     """One of the papers' files; the names in it tell which."""
     content = checkpoint.read(file)
+    if file.suffix == ".safetensors" and (saved := _metadata(file, name)).get("family"):
+        return _own(saved, content, name)
     if stylegan2.matches(content):
         if "G_ema" in content:
             return stylegan2.from_ada(content, name)

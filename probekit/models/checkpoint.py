@@ -8,17 +8,19 @@ plain container nor a known trainer's object is refused, and with it the file.
 from __future__ import annotations
 
 import io
+import math
 import pickle
+import tarfile
+import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from probekit.errors import ProbekitError
 
@@ -45,45 +47,75 @@ class Foreign:
         self.items[key] = value
 
 
-# what trainers put beside their tensors: Lightning's hyper-parameters and callbacks, StyleGAN's persistent modules
+# what trainers put beside their tensors: Lightning's hyper-parameters and callbacks, StyleGAN's persistent modules, and
+# numpy's numbers, whose own constructors take addresses in memory from whoever calls them
 _FOREIGN = (
-    "argparse", "dnnlib", "lightning", "lightning_fabric", "omegaconf", "pathlib", "pytorch_lightning",
+    "argparse", "dnnlib", "lightning", "lightning_fabric", "numpy", "omegaconf", "pathlib", "pytorch_lightning",
     "torch_utils.persistence",
 )  # fmt: skip
-_CORES = ("numpy.core.multiarray", "numpy._core.multiarray")
 
 
 def _inert(cls: Any, *_: Any) -> Foreign:
     """What copyreg does for old pickles, for foreign classes only."""
     if not (isinstance(cls, type) and issubclass(cls, Foreign)):
-        raise pickle.UnpicklingError(f"builds {cls!r}")
+        raise pickle.UnpicklingError(f"builds a {type(cls).__name__}")
     return cls()
 
 
+def _of_list(make: Callable[[Any], Any]) -> Callable[..., Any]:
+    """`make`, of a list or a tuple only: a tensor's items, one by one, take far more memory than its file."""
+
+    def made(items: Any = ()) -> Any:
+        if not isinstance(items, list | tuple):
+            raise pickle.UnpicklingError(f"makes a container of a {type(items).__name__}")
+        return make(items)
+
+    return made
+
+
+def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    """torch._utils._rebuild_tensor, for what lies in the storage and holds no value twice."""
+    kept = storage._untyped_storage
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1 if all(size) else 0
+    if max(last, math.prod(size)) * storage.dtype.itemsize > kept.nbytes():
+        raise pickle.UnpicklingError(f"a tensor of shape {tuple(size)} is larger than its storage")
+    return torch.empty(0, dtype=storage.dtype).set_(kept, offset, tuple(size), tuple(stride))
+
+
 _PLAIN: dict[tuple[str, str], Any] = {
-    ("builtins", "set"): set,
+    ("builtins", "set"): _of_list(set),
     ("builtins", "slice"): slice,
     ("builtins", "complex"): complex,
     ("_codecs", "encode"): lambda text, coding: text.encode("latin1"),  # bytes of protocol 2
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): _of_list(OrderedDict),
     ("copyreg", "_reconstructor"): _inert,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy", "ndarray"): np.ndarray,
-    **{(core, "_reconstruct"): np._core.multiarray._reconstruct for core in _CORES},  # type: ignore[attr-defined]
-    **{(core, "scalar"): np._core.multiarray.scalar for core in _CORES},  # type: ignore[attr-defined]
-    ("torch", "Size"): torch.Size,
+    ("torch", "Size"): _of_list(torch.Size),
     ("torch", "device"): torch.device,
-    ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data,
     ("torch.storage", "_load_from_bytes"): lambda content: _torch_load(io.BytesIO(content)),
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds tensors, arrays and plain containers, and `Foreign` for trainers' objects; refuses everything else."""
+_PYTHONS: dict[int, Any] = pickle._Unpickler.dispatch
+
+
+class _Unpickler(pickle._Unpickler):
+    """Builds tensors and plain containers, and `Foreign` for trainers' objects; refuses everything else.
+
+    Python's own: C's makes room in its memo for whatever number a file names.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(_PYTHONS)
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+    records: Mapping[str, int] | None = None  # of an archive: the sizes of its storages, in bytes
+    room = 0  # elsewhere: the bytes that all storages may have together
+    claimed: dict[str, int]
 
     def find_class(self, module: str, name: str) -> Any:
+        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)  # Python 2's, in protocols up to 2
         if (module, name) in _PLAIN:
             return _PLAIN[module, name]
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
@@ -92,18 +124,94 @@ class _Unpickler(pickle.Unpickler):
             return type(name, (Foreign,), {"name": f"{module}.{name}"})
         raise pickle.UnpicklingError(f"it calls {module}.{name}, which has no place in a file of weights")
 
+    def _onto(self, *kinds: type) -> None:
+        """Refuse to call on an object the methods that pickle has for `kinds`."""
+        if not isinstance(self.stack[-1], kinds):
+            raise pickle.UnpicklingError(f"changes a {type(self.stack[-1]).__name__}")
 
-# what torch.load wants as its `pickle_module`
-_PICKLE = SimpleNamespace(
-    __name__="pickle",
-    Unpickler=_Unpickler,
-    load=lambda file, **_: _Unpickler(file).load(),
-    UnpicklingError=pickle.UnpicklingError,
-)
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        self._onto(Foreign, OrderedDict)
+        if isinstance(self.stack[-1], Foreign):  # of an OrderedDict it is torch's `_metadata`, which nobody needs
+            self.stack[-1].state = state
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._onto(dict, Foreign)
+        self.stack[-1][key] = value
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self._onto(dict, Foreign)
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            self.stack[-1][key] = value
+
+    def load_append(self) -> None:
+        value = self.stack.pop()
+        self._onto(list)
+        self.stack[-1].append(value)
+
+    def load_appends(self) -> None:
+        values = self.pop_mark()
+        self._onto(list)
+        self.stack[-1].extend(values)
+
+    def load_additems(self) -> None:
+        values = self.pop_mark()
+        self._onto(set)
+        self.stack[-1].update(values)
+
+    def load_binpersid(self) -> None:
+        kind, storage, key, _, count = self.stack[-1][:5]
+        if kind != "storage" or not isinstance(key, str) or not isinstance(count, int):
+            raise pickle.UnpicklingError("refers to what is no storage")
+        size = count * storage.dtype.itemsize
+        if self.records is not None and self.records.get(f"data/{key}") != size:
+            raise pickle.UnpicklingError(f"storage {key} is said to have {size} bytes")
+        self.claimed[key] = size
+        if self.records is None and (size < 0 or sum(self.claimed.values()) > self.room):
+            raise pickle.UnpicklingError(f"its storages are larger than the file, with {size} bytes for {key}")
+        _PYTHONS[pickle.BINPERSID[0]](self)
+
+    for _code, _load in (
+        (pickle.BUILD, load_build), (pickle.SETITEM, load_setitem), (pickle.SETITEMS, load_setitems),
+        (pickle.APPEND, load_append), (pickle.APPENDS, load_appends), (pickle.ADDITEMS, load_additems),
+        (pickle.BINPERSID, load_binpersid),
+    ):  # fmt: skip
+        dispatch[_code[0]] = _load
+    for _code in (pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4):
+        del dispatch[_code[0]]
 
 
 def _torch_load(file: BinaryIO) -> Any:
-    return torch.load(file, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
+    """torch.load, kept from what it does for other kinds of files: run TorchScript, unpack tar archives, inflate."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if tarfile.is_tarfile(file):
+        raise pickle.UnpicklingError("it is a tar archive")
+    file.seek(0)
+    records = None
+    if file.read(4) == b"PK\x03\x04":
+        if any(name.split("/")[-1] == "constants.pkl" for name in torch._C.PyTorchFileReader(_again(file)).get_all_records()):
+            raise pickle.UnpicklingError("it holds TorchScript, a program")
+        with zipfile.ZipFile(_again(file)) as archive:
+            records = {info.filename.partition("/")[2]: info.file_size for info in archive.infolist()}
+        if sum(records.values()) > size:
+            raise pickle.UnpicklingError(f"it unpacks to {sum(records.values())} bytes, {size} would do")
+    unpickler = type("Unpickler", (_Unpickler,), {"records": records, "room": size, "claimed": {}})
+    # what torch.load wants as its `pickle_module`
+    module = SimpleNamespace(
+        __name__="pickle",
+        Unpickler=unpickler,
+        load=lambda file, **_: unpickler(file).load(),
+        UnpicklingError=pickle.UnpicklingError,
+    )
+    return torch.load(_again(file), map_location="cpu", weights_only=False, pickle_module=module)
+
+
+def _again(file: BinaryIO) -> BinaryIO:
+    file.seek(0)
+    return file
 
 
 def read(path: Path) -> Any:
@@ -113,12 +221,12 @@ def read(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
-            start = file.read(10)
+            start = file.read(40)
             file.seek(0)
             if path.suffix == ".safetensors":
                 return load_file(path)
             # torch writes a zip archive, or in its older format a pickle that begins with a number of its own
-            if start[:2] == b"PK" or _LEGACY in start + file.read(20):
+            if start[:2] == b"PK" or _LEGACY in start:
                 file.seek(0)
                 return _torch_load(file)
             file.seek(0)
@@ -135,7 +243,23 @@ _LEGACY = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
 
 def tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a state dict, without the `module.` that DataParallel puts before every name."""
-    found = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    found = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if found and all(key.startswith("module.") for key in found):
         return {key.removeprefix("module."): value for key, value in found.items()}
     return found
+
+
+def allow(make: Callable[[], nn.Module], state: Mapping[str, Tensor]) -> nn.Module:
+    """`make()`, where the network has about as many values as the file: the sizes in a file must cost no more than it holds.
+
+    Raises ProbekitError for one that has far more, and for sizes that no network has.
+    """
+    try:
+        with torch.device("meta"):
+            wanted = sum(value.numel() for value in make().state_dict().values())
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise ProbekitError(f"its sizes make no network ({' '.join(str(error).split())[:160]})") from error
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}
+    if wanted > 2 * (held := sum(storages.values())) + 10_000_000:
+        raise ProbekitError(f"its sizes are those of a network of {wanted:,} values, it holds {held:,} bytes")
+    return make()

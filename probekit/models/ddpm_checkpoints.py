@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from probekit.errors import ProbekitError
-from probekit.models.checkpoint import tensors
+from probekit.models.checkpoint import allow, tensors
 
 # image sizes of the published models by their channel multipliers
 _IMAGE_SIZES = {
@@ -82,6 +82,7 @@ def from_ermon(content: Any, image_size: int | None = None) -> Any:
         _pool_by_convolution(state, widths)
     unet = _unet(
         _ERMON,
+        state,
         _image_size(widths, widths[0], image_size),
         in_channels=_size(_ERMON, state, "conv_in.weight", 1),
         out_channels=_size(_ERMON, state, "conv_out.weight", 0),
@@ -157,6 +158,7 @@ def from_openai(
     kinds = ["Attn{}Block2D" if here else resampler for here in attended]
     unet = _unet(
         _OPENAI,
+        state,
         _image_size(widths, width, image_size),
         in_channels=_size(_OPENAI, state, "input_blocks.0.0.weight", 1),
         out_channels=_size(_OPENAI, state, "out.2.weight", 0),
@@ -294,6 +296,8 @@ def _image_size(widths: list[int], width: int, image_size: int | None) -> int:
 
 def _pool_by_convolution(state: dict[str, Tensor], widths: list[int]) -> None:
     """ddim's resamp_with_conv=False, average pooling and bare nearest neighbours, as the convolutions that do the same."""
+    if max(widths) ** 2 > sum(value.numel() for value in state.values()):
+        raise ProbekitError(f"{_ERMON}: its sizes make no U-Net (a level of {max(widths)} channels)")
     for level in range(len(widths)):
         pool, keep = torch.zeros(2, widths[level], widths[level], 3, 3)
         one = torch.eye(widths[level])
@@ -307,13 +311,13 @@ def _pool_by_convolution(state: dict[str, Tensor], widths: list[int]) -> None:
             state |= {f"up.{level}.upsample.conv.bias": torch.zeros(widths[level])}
 
 
-def _unet(kind: str, image_size: int, **config: Any) -> Any:
+def _unet(kind: str, state: Mapping[str, Tensor], image_size: int, **config: Any) -> Any:
     from diffusers import UNet2DModel
 
     try:
-        return UNet2DModel(sample_size=image_size, **config)
-    except ValueError as error:  # such as channels that do not come in 32 groups
-        raise ProbekitError(f"{kind}: its sizes make no U-Net ({' '.join(str(error).split())[:160]})") from error
+        return allow(lambda: UNet2DModel(sample_size=image_size, **config), state)
+    except ProbekitError as error:  # such as channels that do not come in 32 groups
+        raise ProbekitError(f"{kind}: {error}") from error
 
 
 def _fill(

@@ -343,10 +343,14 @@ def config_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
         raise ProbekitError("state dict: is no Glow, a weight of its first flow has too few dimensions") from error
     if channels < 4 or channels % 4 or width < 1:
         raise ProbekitError(f"state dict: is no Glow, its first flow has {channels} channels and a coupling of width {width}")
+    flows = len({key.split(".")[3] for key in state if key.startswith("blocks.0.flows.")})
+    blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    if flows * blocks > len(state):
+        raise ProbekitError(f"state dict: is no Glow, {len(state)} tensors are too few for {blocks} blocks of {flows} flows")
     return {
         "in_channels": channels // 4,
-        "flows": len({key.split(".")[3] for key in state if key.startswith("blocks.0.flows.")}),
-        "blocks": len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
+        "flows": flows,
+        "blocks": blocks,
         "affine": out == channels,
         "lu": f"{_FIRST}invconv.weight" not in state,
         "width": width,
@@ -421,10 +425,10 @@ def from_rosinality(content: Any, name: str) -> Model:
     state = checkpoint.tensors(content)
     try:
         config = config_of(state)
+        with torch.random.fork_rng(devices=[]):  # initial weights, soon overwritten, cost the caller no random numbers
+            network = cast(Glow, checkpoint.allow(lambda: build(config), state))
     except ProbekitError as error:
         raise ProbekitError(f"model {name!r}: {error}") from error
-    with torch.random.fork_rng(devices=[]):  # initial weights, soon overwritten, cost the caller no random numbers
-        network = build(config)
     expected = network.state_dict()
     if odd := sorted(expected.keys() ^ state.keys()):
         said = "lacks" if odd[0] in expected else "has, beyond a Glow's weights,"

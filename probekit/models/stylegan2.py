@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from probekit.errors import ProbekitError
 from probekit.latents import LatentSpace
 from probekit.latents.space import Images
-from probekit.models.checkpoint import Foreign
+from probekit.models.checkpoint import Foreign, allow
 from probekit.models.model import Model
 
 Noise = Literal["const", "none", "random"]
@@ -457,7 +457,7 @@ def from_ada(content: Mapping[str, Any], name: str) -> Model:
         if clamp is not None and not isinstance(clamp, int | float):
             raise ProbekitError(f"its conv_clamp is of type {type(clamp).__name__}, a number or None is expected")
         state = dict(_tensors(generator))
-        network = build(config_of(state) | {"conv_clamp": clamp})
+        network = cast(Generator, allow(lambda: build(config_of(state) | {"conv_clamp": clamp}), state))
         _load(network, state)
     except ProbekitError as error:
         raise ProbekitError(f"model {name!r}: {error}") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from probekit.errors import ProbekitError
 from probekit.latents import LatentSpace
-from probekit.models.checkpoint import Foreign, tensors
+from probekit.models.checkpoint import Foreign, allow, tensors
 from probekit.models.model import Model
 
 # our argument and the reference's name of it
@@ -183,7 +183,11 @@ def from_diffusevae(content: Mapping[str, Any], name: str) -> Model:
     """
     state = _state(content)
     try:
-        network = VAE(**(_hyper_parameters(content) or config_of(state)))
+        config = _hyper_parameters(content) or config_of(state)
+        for option, kinds in (("enc_blocks", "xdt"), ("dec_blocks", "xut")):
+            if sum(number for kind, _, number in _plan(option, config[option], kinds) if kind == "x") > len(state):
+                raise ProbekitError(f"{option} {config[option][:80]!r}: has more blocks than the file has tensors")
+        network = cast(VAE, allow(lambda: VAE(**config), state))
     except ProbekitError as error:
         raise ProbekitError(f"model {name!r}: {error}") from error
     planned = {key: tuple(value.shape) for key, value in network.state_dict().items()}
@@ -293,10 +297,15 @@ def _kinds(state: Mapping[str, Tensor], part: str) -> str:
     for key in state:
         if read := re.fullmatch(rf"{part}\.block_mod\.(\d+)\.(c1\.)?weight", key):
             found[int(read[1])] = "x" if read[2] else "t"
+    if max(found, default=-1) > 4 * len(state):
+        raise ProbekitError(f"tensor '{part}.block_mod.{max(found)}.weight' is far beyond the others")
     return "".join(found.get(place, "u") for place in range(max(found, default=-1) + 1))
 
 
 def _transitions(state: Mapping[str, Tensor], part: str, kinds: str) -> list[int]:
     """The widths before, between and after the transitions."""
-    weights = [state[f"{part}.block_mod.{place}.weight"] for place, kind in enumerate(kinds) if kind == "t"]
+    names = [f"{part}.block_mod.{place}.weight" for place, kind in enumerate(kinds) if kind == "t"]
+    if flat := [name for name in names if state[name].ndim != 4]:
+        raise ProbekitError(f"tensor {flat[0]!r} is of shape {tuple(state[flat[0]].shape)}, a convolution has four sizes")
+    weights = [state[name] for name in names]
     return [weights[0].shape[1], *(weight.shape[0] for weight in weights)]

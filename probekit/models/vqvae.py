@@ -80,7 +80,7 @@ def load_folder(path: str | Path, name: str) -> Model:
         raise ProbekitError(f"model {name!r}: {str(path)!r} is neither a folder nor a hub id (owner/name)")
     # their bars and reports would bury a one-line error
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL)
     place = str(folder if folder.is_dir() else path)
     found: list[str] = []
     for part in (None, "vqvae"):

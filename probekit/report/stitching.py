@@ -97,9 +97,9 @@ def _grid(folder: Path, rows: pd.DataFrame, examples: range) -> Figure:
     columns = [(e, t) for e in examples for t in ([None, *targets] if several else targets)]
     lines = sources if several else [None, *sources]
     with plt.rc_context(style()):
-        size = 0.62
+        size, top = 0.62, 0.85 if several else 0.05  # inches
         figure, axes = plt.subplots(
-            len(lines), len(columns), figsize=(1.6 + size * len(columns), (0.95 if several else 0.15) + size * len(lines)), squeeze=False,
+            len(lines), len(columns), figsize=(1.6 + size * len(columns), 0.1 + top + size * len(lines)), squeeze=False,
             gridspec_kw={"wspace": 0.06, "hspace": 0.06},
         )  # fmt: skip
         for i, source in enumerate(lines):
@@ -122,12 +122,8 @@ def _grid(folder: Path, rows: pd.DataFrame, examples: range) -> Figure:
                     ax.set_title("true" if target is None else target, rotation=60, ha="left", va="bottom", fontsize=7.5)
                 if j == 0:
                     ax.set_ylabel("true" if source is None else source, rotation=0, ha="right", va="center", fontsize=8)
-        figure.subplots_adjust(
-            left=1.5 / figure.get_figwidth(),
-            right=0.99,
-            bottom=0.01,
-            top=1 - (0.85 if several else 0.05) / figure.get_figheight(),
-        )
+        width, height = figure.get_size_inches()
+        figure.subplots_adjust(left=1.5 / width, right=0.99, bottom=0.01, top=1 - top / height)
         plt.close(figure)
     return figure
 
