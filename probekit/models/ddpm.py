@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from probekit import hooks
 from probekit.errors import ProbekitError
 from probekit.latents import LatentSpace
+from probekit.models import hub
 from probekit.models.model import Model
 
 _PREDICTIONS = ("epsilon", "v_prediction")
@@ -160,16 +160,9 @@ def load_folder(path: str | Path, name: str) -> Model:
     steps. Raises ProbekitError, in one line, for what is none of these and for weights that are damaged or incomplete.
     """
     from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
-    from diffusers.utils import logging
 
-    folder = Path(path).expanduser()
-    if not folder.is_dir() and (folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))):
-        raise ProbekitError(f"model {name!r}: {str(path)!r} is neither a folder nor a hub id (owner/name)")
-    # their bars and reports would bury a one-line error
-    logging.disable_progress_bar()
-    logging.set_verbosity(logging.CRITICAL)
-    place = str(folder if folder.is_dir() else path)
-
+    hub.hush()
+    place = hub.place(path, name)
     index = _config(DiffusionPipeline, place, None)
     parts = {part for part, value in index.items() if isinstance(value, (list, tuple)) and any(value)}
     if other := sorted(parts - {"unet", "scheduler"}):
@@ -187,21 +180,15 @@ def load_folder(path: str | Path, name: str) -> Model:
         if "_class_name" in noise:
             break
     else:
-        if parts or not folder.is_dir() or (folder / "scheduler_config.json").exists():
+        if parts or not Path(place).is_dir() or (Path(place) / "scheduler_config.json").exists():
             raise ProbekitError(f"model {name!r}: its scheduler cannot be read ({noise.get('error', 'it names no class')})")
         noise = _LINEAR
-    try:
-        unet, report = UNet2DModel.from_pretrained(place, subfolder=part, output_loading_info=True)
-    except Exception as error:  # diffusers, safetensors and the hub raise a dozen kinds
-        reason = " ".join(str(error).split())[:160]
-        raise ProbekitError(f"model {name!r}: could not be loaded ({type(error).__name__}: {reason})") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ProbekitError(f"model {name!r}: its weights lack {len(missing)} tensors, {missing[0]!r} first")
+    unet = hub.load_part(UNet2DModel, place, part, name)
     try:
         scheduler = ddim_scheduler(noise)
     except ProbekitError as error:
         raise ProbekitError(f"model {name!r}: {error}") from error
-    return model(unet.float().eval(), scheduler, name)
+    return model(unet, scheduler, name)
 
 
 def loss(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from probekit import hooks
 from probekit.errors import ProbekitError
+from probekit.models import hub
 from probekit.zoo import GUIDANCE
 
 _STABLE = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -53,14 +54,9 @@ class TextToImage:
     @classmethod
     def from_pretrained(cls, path: str | Path, *, name: str, device: str = "auto", dtype: str = "auto") -> TextToImage:
         """Load what `save_pretrained` wrote, or a hub id. Raises ProbekitError when that fails."""
-        import transformers
         from diffusers import AutoPipelineForText2Image, DiffusionPipeline
-        from diffusers.utils import logging
 
-        # their bars and reports would bury a one-line error
-        for library in (logging, transformers.utils.logging):
-            library.disable_progress_bar()
-            library.set_verbosity_error()
+        hub.hush()
         place = choose_device(device)
         try:
             index = DiffusionPipeline.load_config(str(path))

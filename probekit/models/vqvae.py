@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from probekit.errors import ProbekitError
 from probekit.latents import LatentSpace
+from probekit.models import hub
 from probekit.models.model import Model
 
 _COMMITMENT = 0.25  # beta of the paper's equation 3
@@ -73,15 +73,9 @@ def load_folder(path: str | Path, name: str) -> Model:
     Raises ProbekitError, in one line, for what is none of these and for weights that are damaged or incomplete.
     """
     from diffusers import VQModel
-    from diffusers.utils import logging
 
-    folder = Path(path).expanduser()
-    if not folder.is_dir() and (folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))):
-        raise ProbekitError(f"model {name!r}: {str(path)!r} is neither a folder nor a hub id (owner/name)")
-    # their bars and reports would bury a one-line error
-    logging.disable_progress_bar()
-    logging.set_verbosity(logging.CRITICAL)
-    place = str(folder if folder.is_dir() else path)
+    hub.hush()
+    place = hub.place(path, name)
     found: list[str] = []
     for part in (None, "vqvae"):
         try:
@@ -94,14 +88,7 @@ def load_folder(path: str | Path, name: str) -> Model:
         found.append(f"{part or 'it'} holds a {kind}")
     else:
         raise ProbekitError(f"model {name!r}: no VQModel in {str(path)!r} ({found[0]})")
-    try:
-        network, report = VQModel.from_pretrained(place, subfolder=part, output_loading_info=True)
-    except Exception as error:  # as above, and safetensors
-        reason = " ".join(str(error).split())[:160]
-        raise ProbekitError(f"model {name!r}: could not be loaded ({type(error).__name__}: {reason})") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ProbekitError(f"model {name!r}: its weights lack {len(missing)} tensors, {missing[0]!r} first")
-    return model(network, name)
+    return model(hub.load_part(VQModel, place, part, name), name)
 
 
 def loss(vq: Any, images: Float[Tensor, "n 3 h w"], generator: torch.Generator) -> tuple[Float[Tensor, ""], dict[str, float]]:

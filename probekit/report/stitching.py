@@ -99,7 +99,7 @@ def _grid(folder: Path, rows: pd.DataFrame, examples: range) -> Figure:
     with plt.rc_context(style()):
         size, top = 0.62, 0.85 if several else 0.05  # inches
         figure, axes = plt.subplots(
-            len(lines), len(columns), figsize=(1.6 + size * len(columns), 0.1 + top + size * len(lines)), squeeze=False,
+            len(lines), len(columns), figsize=(2.0 + size * len(columns), 0.1 + top + size * len(lines)), squeeze=False,
             gridspec_kw={"wspace": 0.06, "hspace": 0.06},
         )  # fmt: skip
         for i, source in enumerate(lines):
@@ -123,7 +123,9 @@ def _grid(folder: Path, rows: pd.DataFrame, examples: range) -> Figure:
                 if j == 0:
                     ax.set_ylabel("true" if source is None else source, rotation=0, ha="right", va="center", fontsize=8)
         width, height = figure.get_size_inches()
-        figure.subplots_adjust(left=1.5 / width, right=0.99, bottom=0.01, top=1 - top / height)
+        figure.subplots_adjust(
+            left=1.5 / width, right=1 - (0.5 if several else 0.05) / width, bottom=0.01, top=1 - top / height
+        )
         plt.close(figure)
     return figure
 

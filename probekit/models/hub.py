@@ -1,0 +1,44 @@
+"""Where diffusers and transformers load from: a local folder or a hub id."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from probekit.errors import ProbekitError
+
+
+def place(path: str | Path, name: str) -> str:
+    """What `from_pretrained` is to be given. Raises ProbekitError for what is neither a folder nor a hub id (owner/name)."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir() and (folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))):
+        raise ProbekitError(f"model {name!r}: {str(path)!r} is neither a folder nor a hub id (owner/name)")
+    return str(folder if folder.is_dir() else path)
+
+
+def hush() -> None:
+    """Turn off the libraries' bars and reports, which would bury a one-line error."""
+    import transformers
+    from diffusers.utils import logging as of_diffusers
+
+    for library in (of_diffusers, transformers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity(logging.CRITICAL)
+
+
+def load_part(kind: Any, place: str, part: str | None, name: str) -> Any:
+    """`kind.from_pretrained` of a folder's part, in evaluation mode, float32.
+
+    Raises ProbekitError, in one line, for weights that cannot be read, and for incomplete ones, which diffusers would fill
+    with random numbers.
+    """
+    try:
+        network, report = kind.from_pretrained(place, subfolder=part, output_loading_info=True)
+    except Exception as error:  # diffusers, safetensors and the hub raise a dozen kinds
+        reason = " ".join(str(error).split())[:160]
+        raise ProbekitError(f"model {name!r}: could not be loaded ({type(error).__name__}: {reason})") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ProbekitError(f"model {name!r}: its weights lack {len(missing)} tensors, {missing[0]!r} first")
+    return network.float().eval()
