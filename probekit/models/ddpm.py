@@ -196,15 +196,17 @@ def loss(
 ) -> tuple[Float[Tensor, ""], dict[str, float]]:
     """The simple loss, equation 14 of Ho et al. 2020: mean squared error of epsilon at timesteps drawn uniformly.
 
-    Of velocity where the scheduler's prediction_type says so. Timesteps, then noise, are drawn from the generator.
+    Of velocity where the scheduler's prediction_type says so. Timesteps, then noise, are drawn from the generator. Noise is
+    added in float32, whatever the network's precision: in bfloat16 the first levels would have none.
     """
     last = scheduler.config.num_train_timesteps
     timesteps = torch.randint(last, (len(images),), generator=generator, device=generator.device).to(images.device)
+    images = images.float()
     epsilon = _noise(len(images), images.shape[1:], generator).to(images)
     noisy = scheduler.add_noise(images, epsilon, timesteps)
     velocity = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(images, epsilon, timesteps) if velocity else epsilon
-    error = F.mse_loss(unet(noisy, timesteps).sample[:, :3], target)
+    error = F.mse_loss(unet(noisy.to(unet.dtype), timesteps).sample[:, :3].float(), target)
     return error, {"squared_error": error.item()}
 
 
