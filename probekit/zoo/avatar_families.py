@@ -206,7 +206,8 @@ def build_ddpm() -> nn.Module:
     from diffusers import UNet2DModel
 
     return UNet2DModel(
-        sample_size=IMAGE_SIZE, block_out_channels=(32, 64, 64, 96), layers_per_block=1, norm_num_groups=8, attention_head_dim=16,
+        sample_size=IMAGE_SIZE, block_out_channels=(32, 64, 64, 96), layers_per_block=1, norm_num_groups=8,
+        attention_head_dim=16,
         down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
     )  # fmt: skip
