@@ -3,88 +3,41 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-
-from probekit.errors import ProbekitError
+from probekit.experiments.places import (
+    MODELS,
+    Alpha,
+    Codes,
+    Data,
+    Device,
+    Models,
+    Out,
+    Place,
+    Seed,
+    Test,
+    Train,
+    encode_all,
+    image_sets,
+    load_places,
+    penalty,
+    progress,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-    from probekit.data.dataset import Dataset
-    from probekit.latents import LatentSpace
     from probekit.latents.maps import RidgeSolver
-    from probekit.latents.store import LatentStore
-    from probekit.models import Model
     from probekit.runs import Run
 
 app = typer.Typer(help="Map one model's latent space into another's by a linear map.", no_args_is_help=True)
 
-MODELS = "avatar-vae,avatar-vqvae,avatar-gan,avatar-flow,avatar-ddpm:noised"
-"""The paper's five, each in the space that it used."""
 EXAMPLES = 8
 """Test pictures that are kept as pictures."""
-
-Models = Annotated[str, typer.Option(help="Models or model:space, separated by commas; file.py:Class for a model of your own.")]
-Data = Annotated[str, typer.Option(help="avatars, celeba:PATH, folder:PATH or a folder.")]
-Train = Annotated[int, typer.Option(min=10, help="Images that maps and probes are fitted on.")]
-Test = Annotated[int, typer.Option(min=2, help="Images that they are tested on.")]
-Alpha = Annotated[str, typer.Option(help="Ridge penalty: loo (leave-one-out), paper (its table 1) or a number.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of noise, samples and bootstrap.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Out = Annotated[Path | None, typer.Option(help="The run's folder. [default: runs/…]")]
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """A latent space that takes part, and the model it belongs to."""
-
-    name: str
-    model: Model
-    space: LatentSpace
-
-
-class Codes:
-    """The latents of every place for one set of images, encoded once and kept on the disk.
-
-    Where a model cannot encode, the images are its own samples, and what they are drawn from is their code (A.4).
-    """
-
-    def __init__(self, data: Dataset, drawn_by: Place | None, train: np.ndarray, test: np.ndarray, seed: int) -> None:
-        self.data, self.drawn_by, self.train, self.test, self.seed = data, drawn_by, train, test, seed
-
-    def encode(self, place: Place, on_block: Callable[[int], None]) -> None:
-        """Encode what is not yet; on_block is told how many images each block held."""
-        if self.drawn_by is not place:
-            self._store(place).encode([*self.train, *self.test], on_block)
-
-    def of(self, place: Place, part: str) -> np.ndarray:
-        """Flat latents (n, d) of the part `train` or `test`, once they are encoded.
-
-        Raises ProbekitError for latents that do not vary, naming the space.
-        """
-        from probekit.data.samples import Samples
-
-        index = self.train if part == "train" else self.test
-        if self.drawn_by is place and isinstance(self.data, Samples):
-            latents = self.data.latents(index).flatten(1).numpy()
-        else:
-            latents = self._store(place).read(index)
-        if float(latents.std(0).max()) == 0:
-            raise ProbekitError(f"space {str(place.space)!r}: gives every image the same latent")
-        return latents
-
-    def _store(self, place: Place) -> LatentStore:
-        from probekit.latents.store import LatentStore, default_folder
-
-        folder = default_folder(place.space, place.model.digest, self.data, self.seed)
-        return LatentStore(folder, place.space, place.model.digest, self.data, seed=self.seed)
-
 
 Planned = tuple[str, Place, Place, str, Codes]
 """A unit's name, source, target, the images' name and their codes."""
@@ -118,48 +71,6 @@ def run(
     show(folder, opened.config | {"command": sys.argv}, rows)
 
 
-def load_places(models: str, device: str) -> list[Place]:
-    """The spaces that `--models` names. Raises ProbekitError where it names none, one twice, or one that cannot be loaded."""
-    from probekit.models import load_space
-
-    names = [name.strip() for name in models.split(",") if name.strip()]
-    if not names:
-        raise ProbekitError("--models: names none")
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ProbekitError(f"--models {models!r}: {sorted(twice)[0]!r} stands there twice")
-    return [Place(name, *load_space(name, device=device)) for name in names]
-
-
-def image_sets(places: list[Place], data: str, train: int, test: int, seed: int) -> dict[str, Codes]:
-    """The data set, and for each place that cannot encode the set of its own samples; by name.
-
-    Maps are fitted on the data set's test split, which the models were not trained on, as in the paper. Raises ProbekitError
-    where it is too small, or the models' images differ in size.
-    """
-    import numpy as np
-
-    from probekit.data import load
-    from probekit.data.samples import Samples
-
-    sizes = {p.model.image_size for p in places if p.model.family != "random"}
-    if len(sizes) > 1:
-        said = ", ".join(f"{p.name} {p.model.image_size}" for p in places if p.model.family != "random")
-        raise ProbekitError(f"--models: of different image sizes ({said} pixels)")
-    size = sizes.pop() if sizes else 32
-    dataset = load(data, size)
-    index = dataset.split("test")
-    if len(index) < train + test:
-        index = np.concatenate([dataset.split("train"), index])  # a small data set: what there is
-    if len(index) < train + test:
-        raise ProbekitError(f"--train {train} and --test {test}: {dataset.name} has {len(index)} images")
-    sets = {dataset.name: Codes(dataset, None, index[:train], index[len(index) - test :], seed)}
-    for place in places:
-        if place.space.encoder is None:
-            drawn = Samples(place.space, place.model.digest, size, train + test, test, seed)
-            sets[drawn.name] = Codes(drawn, place, drawn.split("train"), drawn.split("test"), seed)
-    return sets
-
-
 def pairs(places: list[Place], sets: dict[str, Codes]) -> Iterator[tuple[Place, Place, str, Codes]]:
     """(source, target, set's name, set): every source with every target that decodes, its own included.
 
@@ -174,39 +85,18 @@ def pairs(places: list[Place], sets: dict[str, Codes]) -> Iterator[tuple[Place, 
                 yield (source, target, *(drawn[blind.pop()] if blind else data))
 
 
-def penalty(alpha: str, source: str, target: str) -> float | str:
-    """`LinearMap`'s alpha for a pair of families. Raises ProbekitError for what is none."""
-    from probekit.latents.maps import PAPER_ALPHAS
-
-    if alpha == "loo":
-        return "auto"
-    if alpha == "paper":
-        return PAPER_ALPHAS.get((source, target), 0.0)
-    try:
-        value = float(alpha)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise ProbekitError(f"--alpha {alpha!r}: write loo, paper, or a number from 0")
-    return value
-
-
 def stitch_all(opened: Run, places: list[Place], sets: dict[str, Codes]) -> pd.DataFrame:
     """Every pair that is not finished yet; then all rows."""
     from probekit.latents.maps import RidgeSolver
 
     planned: list[Planned] = [(unit_name(s, t), s, t, name, codes) for s, t, name, codes in pairs(places, sets)]
     waiting = [unit for unit in planned if not opened.finished(unit[0])]
-    encoded = {(p.name, name): (p, codes) for _, *both, name, codes in waiting for p in both}
-    blocks = sum(len(codes.train) + len(codes.test) for p, codes in encoded.values() if codes.drawn_by is not p)
-    with _progress("encoding", blocks) as advance:
-        for place, codes in encoded.values():
-            codes.encode(place, advance)
+    encode_all([(place, codes) for _, *both, _, codes in waiting for place in both])
     # one source and set after another, so that one factorization serves all its targets
     waiting.sort(key=lambda unit: (unit[1].name, unit[3]))
     solver: RidgeSolver | None = None
     at: tuple[str, str] | None = None
-    with _progress("stitching", len(planned), done=len(planned) - len(waiting)) as advance:
+    with progress("stitching", len(planned), done=len(planned) - len(waiting)) as advance:
         for unit, source, target, name, codes in waiting:
             if at != (source.name, name):
                 at, solver = (source.name, name), RidgeSolver(codes.of(source, "train"))
@@ -278,20 +168,3 @@ def show(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> None:
         report = write_report(folder, config, rows)
     print_measures(rows)
     typer.echo(f"\nreport: {report}")
-
-
-def _progress(title: str, total: int, done: int = 0) -> Any:
-    """A progress bar as a context, which gives the function that advances it."""
-    import contextlib
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    @contextlib.contextmanager
-    def bar() -> Iterator[Any]:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-                   TimeRemainingColumn())  # fmt: skip
-        with Progress(*columns, transient=True) as progress:
-            task = progress.add_task(title, total=total, completed=done)
-            yield lambda count: progress.advance(task, count)
-
-    return bar()

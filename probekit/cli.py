@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from probekit import ProbekitError, __version__
-from probekit.experiments import inject, stitch
+from probekit.experiments import inject, probe, stitch
 
 app = typer.Typer(
     help="Find out where generative image models keep what they know about an image.",
@@ -21,6 +21,7 @@ app = typer.Typer(
 zoo = typer.Typer(help="The small models that ship with probekit: train them, measure them.", no_args_is_help=True)
 app.add_typer(inject.app, name="inject")
 app.add_typer(stitch.app, name="stitch")
+app.add_typer(probe.app, name="probe")
 app.add_typer(zoo, name="zoo")
 
 
@@ -66,7 +67,7 @@ def describe(run: Annotated[Path, typer.Argument(help="The folder of a finished 
     from probekit.runs import open_run
 
     config, rows = open_run(run)
-    shows = {"inject-sweep": inject.show, "stitch-run": stitch.show}
+    shows = {"inject-sweep": inject.show, "stitch-run": stitch.show, "probe-run": probe.show}
     if config["experiment"] not in shows:
         raise ProbekitError(f"run {str(run)!r}: of an unknown experiment {config['experiment']!r}")
     shows[config["experiment"]](run, config, rows)

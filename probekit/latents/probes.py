@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import json
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from probekit.errors import ProbekitError
+from probekit.runs import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +34,7 @@ HELD_OUT = 100
 """Test examples of each class, where there are as many."""
 
 Kind = Literal["lasso", "logistic", "ridge"]
+KINDS: tuple[Kind, ...] = ("lasso", "logistic", "ridge")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +68,33 @@ class Probes:
         if latents.shape[1] != self.coefficients.shape[1]:
             raise ProbekitError(f"latents of {latents.shape[1]} values: the probes read {self.coefficients.shape[1]}")
         return latents @ self.coefficients.T + self.intercepts > (0 if self.kind == "logistic" else 0.5)
+
+    def save(self, file: Path) -> None:
+        """Write to a .npz file, whole or not at all."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        told = {"kind": self.kind, "alpha": self.alpha, "attributes": self.attributes, "skipped": self.skipped,
+                "scores": self.scores.to_dict("list")}  # fmt: skip
+        arrays: dict[str, Any] = {f"held_out_{i}": rows for i, rows in enumerate(self.held_out)}
+        arrays |= {"told": np.array(json.dumps(told)), "coefficients": self.coefficients, "intercepts": self.intercepts}
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        write_whole(file, buffer.getvalue())
+
+    @classmethod
+    def load(cls, file: Path) -> Probes:
+        """Read what `save` wrote. Raises ProbekitError for a file that is damaged."""
+        import pandas as pd
+
+        try:
+            with np.load(file) as kept:
+                told = json.loads(str(kept["told"]))
+                held_out = [kept[f"held_out_{i}"] for i in range(len(told["attributes"]))]
+                scores = pd.DataFrame(told.pop("scores"))
+                return cls(
+                    **told, scores=scores, coefficients=kept["coefficients"], intercepts=kept["intercepts"], held_out=held_out
+                )
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+            raise ProbekitError(f"probes {str(file)!r}: damaged; delete the file and its run") from error
 
     @property
     def directions(self) -> Float[np.ndarray, "a d"]:

@@ -120,3 +120,13 @@ def bootstrap(
     drawn = [statistic(draw.integers(n, size=n)) for _ in range(resamples)]
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(statistic(np.arange(n))), float(low), float(high)
+
+
+def share_interval(hits: int, n: int) -> tuple[float, float]:
+    """The 95% Wilson interval of a share of which n draws were `hits`; (nan, nan) of none."""
+    from scipy.stats import binomtest
+
+    if n == 0:
+        return float("nan"), float("nan")
+    interval = binomtest(hits, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
