@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from probekit import ProbekitError, __version__
-from probekit.experiments import inject, latents, probe, stitch
+from probekit.experiments import dynamics, inject, latents, probe, stitch
 
 app = typer.Typer(
     help="Find out where generative image models keep what they know about an image.",
@@ -22,6 +22,7 @@ zoo = typer.Typer(help="The small models that ship with probekit: train them, me
 app.add_typer(inject.app, name="inject")
 app.add_typer(stitch.app, name="stitch")
 app.add_typer(probe.app, name="probe")
+app.add_typer(dynamics.app, name="dynamics")
 app.add_typer(latents.app, name="latents")
 app.add_typer(zoo, name="zoo")
 
@@ -68,7 +69,9 @@ def describe(run: Annotated[Path, typer.Argument(help="The folder of a finished 
     from probekit.runs import open_run
 
     config, rows = open_run(run)
-    shows = {"inject-sweep": inject.show, "stitch-run": stitch.show, "probe-run": probe.show}
+    shows = {
+        "inject-sweep": inject.show, "stitch-run": stitch.show, "probe-run": probe.show, "dynamics-flow": dynamics.show,
+    }  # fmt: skip
     if config["experiment"] not in shows:
         raise ProbekitError(f"run {str(run)!r}: of an unknown experiment {config['experiment']!r}")
     shows[config["experiment"]](run, config, rows)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from probekit import load
+from probekit.data.avatars import ATTRIBUTES, Avatars
+from probekit.models import Model
+from probekit.zoo import MODELS, weights
+from probekit.zoo.avatar_families import FAMILIES, evaluate
+from probekit.zoo.training import Schedule, train
+
+
+def bundled(name: str) -> Model:
+    if not weights(name).is_dir():
+        pytest.skip(f"{name} is not trained yet")
+    loaded = load(name, device="cpu")
+    assert isinstance(loaded, Model)
+    return loaded
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_bundled_model_encodes_decodes_and_samples_as_it_says(name: str) -> None:
+    model, images = bundled(name), Avatars().images([20_000, 20_001, 20_002])
+    assert model.image_size == 32 and model.family == {"avatar-gan": "stylegan2", "avatar-flow": "glow"}.get(name, name[7:])
+    for space in model.spaces.values():
+        latents = None
+        if space.encoder is not None:
+            latents = space.encode(images, torch.Generator().manual_seed(0))
+            # one image alone has the same latent as in a batch, but for what is drawn
+            if space.name not in ("sample", "noised"):
+                assert torch.allclose(space.encode(images[1:2])[0], latents[1], atol=1e-4), space.name
+        if space.sampler is not None:
+            latents = space.sample(3, torch.Generator().manual_seed(0))
+            assert torch.equal(latents, space.sample(3, torch.Generator().manual_seed(0)))
+        assert latents is not None and latents.shape == (3, *space.shape) and latents.dtype == torch.float32
+        if space.decoder is not None:
+            pictures = space.decode(latents)
+            assert pictures.shape == images.shape and pictures.abs().max() <= 1, space.name
+
+
+# what the bundled weights measured at n = 500 (`probekit zoo evaluate`, README), with room for fewer images
+BARS: dict[str, dict[str, float]] = {
+    "avatar-vae": {"reconstruction PSNR": 20, "attributes read off reconstructions": 0.9},
+    "avatar-vqvae": {"reconstruction PSNR": 20, "attributes read off reconstructions": 0.9},
+    "avatar-flow": {"reconstruction PSNR": 60, "attributes read off reconstructions": 0.99},
+    "avatar-ddpm": {"reconstruction PSNR": 20, "attributes read off reconstructions": 0.9},
+    "avatar-gan": {},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_bundled_model_is_as_good_as_readme_says(name: str) -> None:
+    bundled(name)
+    measured = {row.what: row.value for row in evaluate(name, n=60, seed=3)}
+    for what, bar in BARS[name].items():
+        assert measured[what] >= bar, (what, measured[what])
+    samples = measured["Fréchet distance of samples"]
+    assert samples != samples or samples > 0  # NaN where there is no prior
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_recipe_s_loss_has_gradients_for_every_weight_and_repeats_with_its_generator(name: str) -> None:
+    family = FAMILIES[name]
+    torch.manual_seed(0)
+    network = family.build()
+    images = Avatars().images(range(4))
+    family.loss(network, images, torch.Generator().manual_seed(7))  # a flow takes its first scale from its first batch
+    values = [family.loss(network, images.clone(), torch.Generator().manual_seed(7))[0] for _ in range(2)]
+    assert torch.equal(*values)
+    torch.autograd.backward(values[0])
+    silent = [key for key, p in network.named_parameters() if p.requires_grad and p.grad is None]
+    assert silent == [], silent
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
+
+
+def test_snapshots_are_those_of_an_uninterrupted_training(tmp_path: Path) -> None:
+    def loss(network: nn.Module, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        x = torch.randn(8, 3, generator=generator)
+        if stop_at and generator.initial_seed() % 1_000_003 == stop_at:
+            raise KeyboardInterrupt
+        return (network(x) - x).square().mean(), {}
+
+    kept: dict[str, dict[int, Any]] = {"whole": {}, "cut": {}}
+
+    def run(name: str) -> nn.Module:
+        torch.manual_seed(0)
+        keep = {step: (lambda m, step=step: kept[name].update({step: m.state_dict()})) for step in (5, 15, 30)}
+        return train(
+            nn.Linear(3, 3), loss, Schedule(30, 1e-2, warmup=3), checkpoint=tmp_path / f"{name}.pt", save_every_seconds=0,
+            snapshots=keep,
+        )  # fmt: skip
+
+    stop_at = 0
+    whole = run("whole")
+    stop_at = 17
+    with pytest.raises(KeyboardInterrupt):
+        run("cut")
+    stop_at = 0
+    cut = run("cut")
+    assert torch.equal(whole.weight, cut.weight)  # type: ignore[arg-type]
+    assert list(kept["cut"]) == [5, 15, 30]
+    for step, state in kept["whole"].items():
+        assert all(torch.equal(state[k], kept["cut"][step][k]) for k in state), step
+    assert torch.equal(kept["whole"][30]["weight"], whole.weight)  # type: ignore[arg-type]
+
+
+def test_the_reader_knows_every_attribute_of_test_avatars() -> None:
+    from probekit.zoo.avatar_reader import evaluate as evaluate_reader
+
+    rows = evaluate_reader(300)
+    assert [row.what for row in rows] == list(ATTRIBUTES) and all(row.value >= 0.99 for row in rows)
