@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from probekit.experiments.edit import edit
 from probekit.experiments.places import (
     MODELS,
     Alpha,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from probekit.runs import Run
 
 app = typer.Typer(help="Map one model's latent space into another's by a linear map.", no_args_is_help=True)
+
+app.command()(edit)
 
 EXAMPLES = 8
 """Test pictures that are kept as pictures."""

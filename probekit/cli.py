@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from probekit import ProbekitError, __version__
-from probekit.experiments import dynamics, inject, latents, probe, stitch
+from probekit.experiments import dynamics, edit, inject, latents, probe, stitch
 
 app = typer.Typer(
     help="Find out where generative image models keep what they know about an image.",
@@ -71,6 +71,7 @@ def describe(run: Annotated[Path, typer.Argument(help="The folder of a finished 
     config, rows = open_run(run)
     shows = {
         "inject-sweep": inject.show, "stitch-run": stitch.show, "probe-run": probe.show, "dynamics-flow": dynamics.show,
+        "stitch-edit": edit.show,
     }  # fmt: skip
     if config["experiment"] not in shows:
         raise ProbekitError(f"run {str(run)!r}: of an unknown experiment {config['experiment']!r}")
