@@ -110,11 +110,15 @@ def evaluate(name: str, n: int, seed: int) -> list[Measured]:
 
 
 def build_vae() -> nn.Module:
-    """DiffuseVAE's architecture for 32x32 images, with a code of 128."""
-    channels = "32:32,16:64,8:96,4:128,1:128"
+    """DiffuseVAE's architecture for 32x32 images, with a code of 128.
+
+    Most of its blocks stand at 4x4: what comes before has one value a channel, and the decoder must first learn where things
+    are from the borders of its pictures.
+    """
+    channels = "32:32,16:64,8:128,4:192,1:128"
     return vae.VAE(
-        enc_blocks="32x1,32d2,32t16,16x2,16d2,16t8,8x2,8d2,8t4,4x1,4d4,4t1,1x1", enc_channels=channels,
-        dec_blocks="1x1,1u4,1t4,4x1,4u2,4t8,8x2,8u2,8t16,16x2,16u2,16t32,32x1", dec_channels=channels, input_size=IMAGE_SIZE,
+        enc_blocks="32x1,32d2,32t16,16x1,16d2,16t8,8x2,8d2,8t4,4x4,4d4,4t1", enc_channels=channels,
+        dec_blocks="1u4,1t4,4x4,4u2,4t8,8x2,8u2,8t16,16x1,16u2,16t32,32x1", dec_channels=channels, input_size=IMAGE_SIZE,
     )  # fmt: skip
 
 
@@ -260,11 +264,11 @@ def _save_ddpm(network: Any, folder: Path) -> None:
 FAMILIES: dict[str, Family] = {
     "avatar-vae": Family(
         build_vae, vae_loss, _save_own("vae"),
-        Schedule(steps=8_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=64,
+        Schedule(steps=8_000, learning_rate=3e-3, weight_decay=0.0, bfloat16=True), batch=64,
     ),
     "avatar-vqvae": Family(
         build_vqvae, vqvae_loss, _save_vqvae,
-        Schedule(steps=6_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=32,
+        Schedule(steps=5_000, learning_rate=1.5e-3, weight_decay=0.0, bfloat16=True), batch=32,
     ),
     "avatar-gan": Family(
         Adversaries, gan_loss, _save_generator,
