@@ -78,6 +78,20 @@ def test_a_recipe_s_loss_has_gradients_for_every_weight_and_repeats_with_its_gen
     assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("name", ["avatar-vae", "avatar-flow", "avatar-gan"])
+def test_what_a_recipe_saves_is_read_back_by_its_tensors_alone(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    family = FAMILIES[name]
+    network: Any = family.build()
+    family.loss(network, Avatars().images(range(4)), torch.Generator().manual_seed(0))
+    family.save(network, tmp_path / "saved")
+    read = load(tmp_path / "saved", device="cpu")
+    assert isinstance(read, Model) and read.network is not None and read.image_size == 32
+    saved = (network.generator if name == "avatar-gan" else network).state_dict()
+    for key, value in read.network.state_dict().items():
+        assert torch.equal(value, saved[key].half().float() if value.is_floating_point() else saved[key]), key
+
+
 def test_snapshots_are_those_of_an_uninterrupted_training(tmp_path: Path) -> None:
     def loss(network: nn.Module, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         x = torch.randn(8, 3, generator=generator)
