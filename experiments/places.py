@@ -78,8 +78,11 @@ class Codes:
         return LatentStore(folder, place.space, place.model.digest, self.data, seed=self.seed)
 
 
-def load_places(models: str, device: str) -> list[Place]:
-    """The spaces that `--models` names. Raises ProbekitError where it names none, one twice, or one that cannot be loaded."""
+def load_places(models: str, device: str, *, baseline: bool = False) -> list[Place]:
+    """The spaces that `--models` names, and with `baseline` the random encoder beside them.
+
+    Raises ProbekitError where it names none, one twice, or one that cannot be loaded.
+    """
     from probekit.models import load_space
 
     names = [name.strip() for name in models.split(",") if name.strip()]
@@ -87,6 +90,8 @@ def load_places(models: str, device: str) -> list[Place]:
         raise ProbekitError("--models: names none")
     if twice := {name for name in names if names.count(name) > 1}:
         raise ProbekitError(f"--models {models!r}: {sorted(twice)[0]!r} stands there twice")
+    if baseline and "random" not in names:
+        names.append("random")
     return [Place(name, *load_space(name, device=device)) for name in names]
 
 

@@ -58,7 +58,7 @@ def run(
     penalty(alpha, "vae", "vae")
     if kind not in KINDS:
         raise ProbekitError(f"--kind {kind!r}: choose {', '.join(KINDS)}")
-    places = [*load_places(models, device), *load_places("random", device)]
+    places = load_places(models, device, baseline=True)
     (codes,) = image_sets(places, data, train, test, seed, samples=False).values()
     options: dict[str, Any] = {
         "models": {p.name: f"{p.model.family} {p.model.digest}" for p in places}, "data": data,

@@ -61,7 +61,7 @@ def run(
     from probekit.runs import Run, default_folder
 
     penalty(alpha, "vae", "vae")  # refuses what is no penalty before anything is computed
-    places = [*load_places(models, device), *load_places("random", device)]
+    places = load_places(models, device, baseline=True)
     sets = image_sets(places, data, train, test, seed)
     options: dict[str, Any] = {
         "models": {p.name: f"{p.model.family} {p.model.digest}" for p in places}, "data": data,
