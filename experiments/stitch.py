@@ -41,6 +41,8 @@ app.command()(edit)
 
 EXAMPLES = 8
 """Test pictures that are kept as pictures."""
+COMPARED = 2000
+"""Images of which spaces are compared without a map."""
 
 Planned = tuple[str, Place, Place, str, Codes]
 """A unit's name, source, target, the images' name and their codes."""
@@ -124,6 +126,7 @@ def _stitch(opened: Run, unit: str, source: Place, target: Place, name: str, cod
     from probekit.latents.maps import LinearMap
     from probekit.metrics import lpips
     from probekit.metrics.distributions import alexnet_features, bootstrap, frechet
+    from probekit.metrics.similarity import cka, mutual_knn
 
     options = opened.config["options"]
     wanted = codes.of(target, "test")
@@ -152,6 +155,11 @@ def _stitch(opened: Run, unit: str, source: Place, target: Place, name: str, cod
     measured = {what: (*bootstrap(values, seed=options["seed"]), len(values)) for what, values in errors.items()}
     resampled = bootstrap(lambda rows: frechet(one[rows], two[rows]), len(one), seed=options["seed"], resamples=100)
     measured["fd-alexnet"] = (*resampled, len(one))
+    if source is not target:
+        # without any map: of how alike the two spaces see the same images
+        here, there = (codes.of(place, "train")[:COMPARED] for place in (source, target))
+        alike = {"CKA": cka(here, there), "mutual 10-NN": mutual_knn(here, there, k=min(10, len(here) - 1))}
+        measured |= {what: (value, float("nan"), float("nan"), len(here)) for what, value in alike.items()}
     rows = [
         {"source": source.name, "target": target.name, "images": name, "drawn_by": drawn_by, "alpha": alpha, "measure": what,
          "value": value, "low": low, "high": high, "n": n}

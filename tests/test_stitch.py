@@ -105,13 +105,18 @@ def test_models_of_ones_own_from_start_to_report(folder: Path) -> None:
     # the painter takes part by its samples: it decodes its own exactly, and pixels hold all of its two colours
     assert value[painter, painter, "RMSE"] == 0 and value[pixels, painter, error] < 1e-3
     assert set(rows[(rows.source == painter) | (rows.target == painter)].drawn_by) == {painter}
-    assert ((rows.low <= rows.value + 1e-12) | (rows.measure == "fd-alexnet")).all() and (rows.low <= rows.high).all()
+    alike = rows.measure.isin(["CKA", "mutual 10-NN"])
+    assert ((rows.low <= rows.value + 1e-12) | (rows.measure == "fd-alexnet") | alike).all()
+    assert ((rows.low <= rows.high) | alike).all()
+    # a rotated copy is the same space, the random encoder another
+    assert value[pixels, rotated, "CKA"] > 0.999 and value[pixels, rotated, "mutual 10-NN"] > 0.99
+    assert abs(value["random", pixels, "CKA"]) < 0.1 and value["random", pixels, "mutual 10-NN"] < 0.15
     assert set(rows[rows.measure == "RMSE"].n) == {20} and set(rows[rows.measure == "latent MSE, train"].n) == {260}
     pictures = folder / "run" / "images" / "._own.py_Pixels--._own.py_Rotated"
     truth, stitched = (load_png(pictures / f) for f in ("true-0.png", "0.png"))
     assert 0.02 < (truth - stitched).abs().mean() < 0.3
     assert sorted(p.name for p in (folder / "run" / "figures").glob("*.svg")) == [
-        "latent-mse.svg", "measures.svg", "reconstructions.svg", "samples-1.svg"
+        "latent-mse.svg", "measures.svg", "reconstructions.svg", "samples-1.svg", "similarity.svg"
     ]  # fmt: skip
     page = (folder / "run" / "report.html").read_text()
     assert "Stitched reconstructions of avatars" in page and "Painter" in page
@@ -138,7 +143,7 @@ def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(fol
         [*PROBEKIT, *RUN, *models, "--out", "killed"], env=OFFLINE, cwd=folder, stdout=subprocess.DEVNULL
     )
     units = folder / "killed" / "units"
-    while process.poll() is None and not (units.exists() and any(units.iterdir())):
+    while process.poll() is None and not (units.exists() and any(units.glob("*.parquet"))):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()

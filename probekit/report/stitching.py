@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # what is told first: latents differ in scale from space to space, so the error is taken in parts of the target's variance
 _MAIN = ("latent error over variance, test", "RMSE", "LPIPS", "fd-alexnet")
+_ALIKE = ("CKA", "mutual 10-NN")
 _LATENT = ("latent MSE, train", "latent MSE, test")
 _SHADES = "YlGnBu"
 
@@ -56,11 +57,12 @@ def write_report(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> Pa
             {"title": f"Stitched reconstructions of {images}", "svg": save_figure(figure, folder / "figures" / name)}
         )
     heat = save_figure(_heatmaps(rows, _MAIN), folder / "figures" / "measures")
+    alike = save_figure(_heatmaps(rows, _ALIKE), folder / "figures" / "similarity")
     latent = save_figure(_heatmaps(rows, _LATENT), folder / "figures" / "latent-mse")
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = templates.get_template("stitching.html").render(
         config=config, options=config["options"], command=command_line(config["command"]), figures=figures, heat=heat,
-        latent=latent, best=_best(rows), rows=rows.to_dict("records"), n=config["options"]["test"],
+        alike=alike, latent=latent, best=_best(rows), rows=rows.to_dict("records"), n=config["options"]["test"],
     )  # fmt: skip
     report = folder / "report.html"
     write_whole(report, page.encode())
@@ -135,7 +137,7 @@ def _unit(folder: Path, source: str, target: str) -> str:
 
 
 def _heatmaps(rows: pd.DataFrame, measures: tuple[str, ...]) -> Figure:
-    """Each measure of every pair; lower is better. Figure 1, right, and figure 5."""
+    """Each measure of every pair. Figure 1, right, and figure 5."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -153,8 +155,8 @@ def _heatmaps(rows: pd.DataFrame, measures: tuple[str, ...]) -> Figure:
             grid = grid.reindex(index=sources, columns=targets)
             values = grid.to_numpy()
             low, high = np.nanmin(values), np.nanmax(values)
-            wide = low > 0 and high / low > 30
-            norm = LogNorm(low, high) if wide else Normalize(0, high)
+            wide = low > 0 and high / low > 30 and measure not in _ALIKE
+            norm = LogNorm(low, high) if wide else Normalize(0, 1 if measure in _ALIKE else high)
             ax.imshow(values, cmap=_SHADES, norm=norm, aspect="auto")
             for (y, x), value in np.ndenumerate(values):
                 if not np.isnan(value):
