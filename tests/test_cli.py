@@ -123,7 +123,8 @@ def test_one_custom_injection_and_one_by_a_script(tiny_folder: Path, tmp_path: P
     script = tmp_path / "mine.py"
     script.write_text("def operation(target, source, context):\n    return target + 0.5 * (source - target)\n")
     assert probekit("inject", "script", script, *prompts, "--out", tmp_path / "b.png").returncode == 0
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    # the same picture, to the rounding of two ways to write it
+    assert (load_png(tmp_path / "a.png") - load_png(tmp_path / "b.png")).abs().max() <= 1.01 / 127.5
     script.write_text("def operation(target, source, context):\n    return target[0]\n")
     wrong = probekit("inject", "script", script, *prompts, "--out", tmp_path / "c.png")
     assert wrong.returncode == 2 and "returned" in wrong.stderr and not (tmp_path / "c.png").exists()
