@@ -40,7 +40,6 @@ MODELS = "avatar-vae:mean,avatar-vqvae,avatar-flow"
 ATTRIBUTES = "Eyeglasses,Smiling,Mustache,Wearing_Hat,Pale_Skin,Blue_Background"
 STRENGTHS = (0.5, 1.0, 1.5, 2.0)
 """How far pictures are moved, in lengths of the step between the means of images without and with the attribute."""
-RANDOM = "random direction"
 
 
 def edit(
@@ -91,7 +90,9 @@ def edit_all(opened: Run, places: list[Place], codes: Codes, names: list[str]) -
 
 
 def _unit(place: Place) -> str:
-    return "".join(c if c.isalnum() or c in "-." else "_" for c in place.name)
+    from probekit.runs import file_name
+
+    return file_name(place.name)
 
 
 def _edit_in(opened: Run, target: Place, places: list[Place], codes: Codes, names: list[str]) -> None:
@@ -102,6 +103,7 @@ def _edit_in(opened: Run, target: Place, places: list[Place], codes: Codes, name
     from probekit.data.avatars import ATTRIBUTES as KNOWN
     from probekit.latents.maps import LinearMap
     from probekit.metrics.distributions import share_interval
+    from probekit.report.editing import RANDOM
     from probekit.zoo import avatar_reader, weights
 
     options = opened.config["options"]

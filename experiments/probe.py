@@ -90,7 +90,9 @@ def probe_all(opened: Run, places: list[Place], codes: Codes) -> pd.DataFrame:
 
 
 def _unit(what: str, place: Place) -> str:
-    return "".join(c if c.isalnum() or c in "-." else "_" for c in f"{what}-{place.name}")
+    from probekit.runs import file_name
+
+    return file_name(f"{what}-{place.name}")
 
 
 def _probes(opened: Run, place: Place, codes: Codes, labels: pd.DataFrame) -> Probes:

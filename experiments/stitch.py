@@ -113,7 +113,9 @@ def stitch_all(opened: Run, places: list[Place], sets: dict[str, Codes]) -> pd.D
 
 def unit_name(source: Place, target: Place) -> str:
     """The name of a pair's file."""
-    return "".join(c if c.isalnum() or c in "-." else "_" for c in f"{source.name}--{target.name}")
+    from probekit.runs import file_name
+
+    return file_name(f"{source.name}--{target.name}")
 
 
 def _stitch(opened: Run, unit: str, source: Place, target: Place, name: str, codes: Codes, solver: RidgeSolver) -> None:

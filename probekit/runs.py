@@ -107,6 +107,11 @@ def default_folder(experiment: str, label: str, options: Mapping[str, Any]) -> P
     return Path("runs") / experiment / f"{label}-{digest}"
 
 
+def file_name(label: str) -> str:
+    """The label with everything but letters, digits, `-` and `.` made `_`: what units and folders are called on the disk."""
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in label)
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file completely or not at all: temporary file, fsync, rename."""
     partial = path.with_name(path.name + ".partial")

@@ -15,7 +15,7 @@ from probekit import __version__
 from probekit.data.dataset import Dataset
 from probekit.errors import ProbekitError
 from probekit.latents.space import LatentSpace
-from probekit.runs import write_whole, writing
+from probekit.runs import file_name, write_whole, writing
 
 if TYPE_CHECKING:
     import zarr
@@ -120,7 +120,7 @@ class LatentStore:
 
 def default_folder(space: LatentSpace, digest: str, data: Dataset, seed: int = 0) -> Path:
     """runs/latents/<model>-<space>-<data>-<what they are>: the same space and data find the same folder again."""
-    label = "".join(c if c.isalnum() or c in "-." else "_" for c in f"{Path(space.model).name}-{space.name}-{data.name}")
+    label = file_name(f"{Path(space.model).name}-{space.name}-{data.name}")
     return Path("runs") / "latents" / f"{label}-{digest}-{data.digest}-{seed}"
 
 

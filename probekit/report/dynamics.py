@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probekit.report.figures import command_line, save_figure, style
+from probekit.report.figures import command_line, render, save_figure, style
 from probekit.runs import write_whole
 
 if TYPE_CHECKING:
@@ -50,19 +50,17 @@ def print_plateaus(rows: pd.DataFrame) -> None:
 
 def write_report(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> Path:
     """Write figures/ (PNG and SVG) and report.html; returns the page's path."""
-    import jinja2
-
     (folder / "figures").mkdir(exist_ok=True)
     figure = save_figure(_lines(rows), folder / "figures" / "accuracy")
     steps = sorted(rows.step.unique().tolist())
     found = plateaus(rows)
-    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    page = templates.get_template("dynamics.html").render(
+    page = render(
+        "dynamics.html",
         config=config, options=config["options"], command=command_line(config["command"]), figure=figure, steps=steps,
         plateaus=found.to_dict("records"), half=int(found.step.median()),
     )  # fmt: skip
     report = folder / "report.html"
-    write_whole(report, page.encode())
+    write_whole(report, page)
     return report
 
 

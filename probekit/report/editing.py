@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from probekit.report.figures import command_line, save_figure, style
-from probekit.runs import write_whole
+from probekit.report.figures import command_line, render, save_figure, style
+from probekit.runs import file_name, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,21 +41,19 @@ def print_edits(rows: pd.DataFrame) -> None:
 
 def write_report(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> Path:
     """Write figures/ (PNG and SVG) and report.html; returns the page's path."""
-    import jinja2
-
     (folder / "figures").mkdir(exist_ok=True)
     strips = []
     for number, target in enumerate(rows.target.unique()):
         figure = _pictures(folder, str(target), rows[rows.target == target])
         strips.append({"target": target, "svg": save_figure(figure, folder / "figures" / f"edits-{number}")})
     success = save_figure(_bars(best(rows)), folder / "figures" / "success")
-    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    page = templates.get_template("editing.html").render(
+    page = render(
+        "editing.html",
         config=config, options=config["options"], command=command_line(config["command"]), strips=strips, success=success,
         rows=rows.to_dict("records"), random=RANDOM,
     )  # fmt: skip
     report = folder / "report.html"
-    write_whole(report, page.encode())
+    write_whole(report, page)
     return report
 
 
@@ -66,7 +64,7 @@ def _pictures(folder: Path, target: str, rows: pd.DataFrame) -> Figure:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    unit = "".join(c if c.isalnum() or c in "-." else "_" for c in target)
+    unit = file_name(target)
     lines = ["plain", target, *(s for s in rows.source.unique() if s not in (target, RANDOM)), RANDOM]
     names = rows.attribute.unique().tolist()
     with plt.rc_context(style()):

@@ -34,3 +34,11 @@ def save_figure(figure: Figure, path: Path) -> str:
 def command_line(command: list[str]) -> str:
     """The command as one would type it."""
     return shlex.join([Path(command[0]).name, *command[1:]])
+
+
+def render(template: str, **given: Any) -> bytes:
+    """A page of this folder's templates."""
+    import jinja2
+
+    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+    return templates.get_template(template).render(**given).encode()

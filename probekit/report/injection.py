@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from probekit.metrics.roles import EVERYTHING, NO_ROLE, roles, summarise
-from probekit.report.figures import command_line, save_figure, style
+from probekit.report.figures import command_line, render, save_figure, style
 from probekit.runs import write_whole
 
 if TYPE_CHECKING:
@@ -126,8 +126,6 @@ def print_roles(findings: Findings) -> None:
 
 def write_report(folder: Path, config: dict[str, Any], findings: Findings) -> Path:
     """Write figures/ (PNG and SVG) and report.html; returns the page's path."""
-    import jinja2
-
     windows, layers, factors = findings.windows, findings.layers, findings.factors
     (folder / "figures").mkdir(exist_ok=True)
     save_figure(_layers_figure(folder, config, findings), folder / "figures" / "layers")
@@ -155,8 +153,8 @@ def write_report(folder: Path, config: dict[str, Any], findings: Findings) -> Pa
         "numbers": {w: {la: _records(findings.numbers(w, la)) for la in layers} for w in windows},
         "roles": {w: {la: findings.role_of[w, la] for la in layers} for w in windows},
     }
-    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    page = templates.get_template("injection.html").render(
+    page = render(
+        "injection.html",
         name=Path(config["options"]["model"]).name,
         config=config,
         options=config["options"],
@@ -178,7 +176,7 @@ def write_report(folder: Path, config: dict[str, Any], findings: Findings) -> Pa
         fewest_pairs=min(findings.main.pairs),
     )
     report = folder / "report.html"
-    write_whole(report, page.encode())
+    write_whole(report, page)
     return report
 
 

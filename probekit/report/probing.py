@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from probekit.report.figures import command_line, save_figure, style
+from probekit.report.figures import command_line, render, save_figure, style
 from probekit.runs import write_whole
 
 if TYPE_CHECKING:
@@ -63,8 +63,6 @@ def _accuracy(rows: pd.DataFrame) -> pd.DataFrame:
 
 def write_report(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> Path:
     """Write figures/ (PNG and SVG) and report.html; returns the page's path."""
-    import jinja2
-
     (folder / "figures").mkdir(exist_ok=True)
     alike = ranking(rows)
     order = alike.index.tolist()
@@ -74,13 +72,13 @@ def write_report(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> Pa
         "match": save_figure(_heatmap(_pairs(rows, "match", order), 50, 100, "Blues", 50), folder / "figures" / "match"),
         "change": save_figure(_heatmap(_pairs(rows, "change", order), -50, 50, "RdBu", None), folder / "figures" / "change"),
     }
-    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    page = templates.get_template("probing.html").render(
+    page = render(
+        "probing.html",
         config=config, options=config["options"], command=command_line(config["command"]), figures=figures,
         alike=alike.reset_index().to_dict("records"), means=accuracy.mean().round(1).to_dict(), rows=rows.to_dict("records"),
     )  # fmt: skip
     report = folder / "report.html"
-    write_whole(report, page.encode())
+    write_whole(report, page)
     return report
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from probekit.report.figures import command_line, save_figure, style
-from probekit.runs import write_whole
+from probekit.report.figures import command_line, render, save_figure, style
+from probekit.runs import file_name, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,8 +43,6 @@ def print_measures(rows: pd.DataFrame) -> None:
 
 def write_report(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> Path:
     """Write figures/ (PNG and SVG) and report.html; returns the page's path."""
-    import jinja2
-
     (folder / "figures").mkdir(exist_ok=True)
     figures: list[dict[str, str]] = []
     for number, (images, group) in enumerate(rows.groupby("images", sort=False)):
@@ -59,13 +57,13 @@ def write_report(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> Pa
     heat = save_figure(_heatmaps(rows, _MAIN), folder / "figures" / "measures")
     alike = save_figure(_heatmaps(rows, _ALIKE), folder / "figures" / "similarity")
     latent = save_figure(_heatmaps(rows, _LATENT), folder / "figures" / "latent-mse")
-    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    page = templates.get_template("stitching.html").render(
+    page = render(
+        "stitching.html",
         config=config, options=config["options"], command=command_line(config["command"]), figures=figures, heat=heat,
         alike=alike, latent=latent, best=_best(rows), rows=rows.to_dict("records"), n=config["options"]["test"],
     )  # fmt: skip
     report = folder / "report.html"
-    write_whole(report, page.encode())
+    write_whole(report, page)
     return report
 
 
@@ -110,7 +108,7 @@ def _grid(folder: Path, rows: pd.DataFrame, examples: range) -> Figure:
                 ax.set_xticks([])
                 ax.set_yticks([])
                 truth = target is None or source is None
-                unit = _unit(folder, sources[0] if source is None else source, targets[0] if target is None else target)
+                unit = file_name(f"{sources[0] if source is None else source}--{targets[0] if target is None else target}")
                 file = folder / "images" / unit / f"{'true-' if truth else ''}{example}.png"
                 blank = truth and several and i != len(lines) // 2
                 if file.exists() and not blank:
@@ -130,10 +128,6 @@ def _grid(folder: Path, rows: pd.DataFrame, examples: range) -> Figure:
         )
         plt.close(figure)
     return figure
-
-
-def _unit(folder: Path, source: str, target: str) -> str:
-    return "".join(c if c.isalnum() or c in "-." else "_" for c in f"{source}--{target}")
 
 
 def _heatmaps(rows: pd.DataFrame, measures: tuple[str, ...]) -> Figure:
