@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,11 +106,16 @@ class LatentStore:
     def read(self, indices: Sequence[int] | np.ndarray) -> Float[np.ndarray, "n d"]:
         """Latents as flat vectors. Raises ProbekitError for images that are not encoded and for damaged files."""
         numbers = np.asarray(indices, dtype=np.int64)
-        try:
-            latents = self._array.oindex[numbers]
-        except Exception as error:
-            raise ProbekitError(f"latents {str(self.folder)!r}: damaged ({_brief(error)}); delete the folder") from error
-        flat = np.asarray(latents, dtype=np.float32).reshape(len(numbers), -1)
+        flat = np.empty((len(numbers), math.prod(self.space.shape)), dtype=np.float32)
+        # a block at a time: zarr reads several at once, and where one is damaged it leaves the others' tasks to complain at exit
+        blocks = numbers // BLOCK
+        for block in np.unique(blocks).tolist():
+            try:
+                latents = np.asarray(self._array.blocks[block])
+            except Exception as error:
+                raise ProbekitError(f"latents {str(self.folder)!r}: damaged ({_brief(error)}); delete the folder") from error
+            here = blocks == block
+            flat[here] = latents.reshape(len(latents), -1)[numbers[here] - block * BLOCK]
         if missing := numbers[np.isnan(flat).any(1)].tolist():
             raise ProbekitError(f"latents {str(self.folder)!r}: image {missing[0]} is not encoded, or damaged")
         return flat

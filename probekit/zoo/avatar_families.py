@@ -266,7 +266,7 @@ def _save_ddpm(network: Any, folder: Path) -> None:
 FAMILIES: dict[str, Family] = {
     "avatar-vae": Family(
         build_vae, vae_loss, _save_own("vae"),
-        Schedule(steps=8_000, learning_rate=3e-3, weight_decay=0.0, bfloat16=True), batch=64,
+        Schedule(steps=5_000, learning_rate=3e-3, weight_decay=0.0, bfloat16=True), batch=64,
     ),
     "avatar-vqvae": Family(
         build_vqvae, vqvae_loss, _save_vqvae,
