@@ -2,7 +2,7 @@
 
 from .capture import Captured, capture
 from .inject import Context, Injection, Operation, Row, Stored, add, blend, inject, replace
-from .layers import GROUPS, HookError, Layer, Stream, default_layers, layers, output_shapes, select
+from .layers import GROUPS, HookError, Layer, Stream, bind, default_layers, layers, output_shapes, select
 from .steps import Steps
 from .sweep import Swept, denoiser, stack, sweep
 from .trace import layer, trace
@@ -21,6 +21,7 @@ __all__ = [
     "Stream",
     "Swept",
     "add",
+    "bind",
     "blend",
     "capture",
     "default_layers",

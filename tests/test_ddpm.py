@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMInverseScheduler, DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -286,57 +286,6 @@ def test_a_checkpoint_comes_with_the_noise_of_its_published_models() -> None:
     expected = torch.cos((t + 0.008) / 1.008 * torch.pi / 2) ** 2 / torch.cos(torch.tensor(0.008 / 1.008 * torch.pi / 2)) ** 2
     assert cosine.shape == (1000,)
     assert torch.allclose(cosine.double(), expected, rtol=1e-3, atol=1e-6)
-
-
-# --- DDIM --------------------------------------------------------------------------------------------------------------
-
-SCHEDULES: list[dict[str, Any]] = [
-    {},
-    {"prediction_type": "v_prediction"},
-    {"timestep_spacing": "trailing", "beta_schedule": "scaled_linear"},
-    {"set_alpha_to_one": False, "steps_offset": 1},
-]
-
-
-@pytest.mark.parametrize("options", SCHEDULES)
-@pytest.mark.parametrize("steps", [7, 20])
-def test_sampling_and_inversion_are_those_of_diffusers(options: dict[str, Any], steps: int) -> None:
-    unet, forward = tiny(out_channels=6), DDIMScheduler(clip_sample=False, **options)
-    x = images(2)
-    reference = DDIMScheduler.from_config(forward.config)
-    inverse = DDIMInverseScheduler.from_config(forward.config)
-    for scheduler, ours in ((reference, ddpm.ddim), (inverse, ddpm.ddim_invert)):
-        scheduler.set_timesteps(steps)
-        expected = x
-        with torch.no_grad():
-            for t in scheduler.timesteps:
-                expected = scheduler.step(unet(expected, t).sample[:, :3], t, expected).prev_sample
-        made = ours(unet, forward, x, steps)
-        assert made.dtype == torch.float32
-        assert (made - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1)
-
-
-def test_sampling_from_the_last_timestep_is_trailing_spacing() -> None:
-    unet, x = tiny(), images(2)
-    leading, trailing = (DDIMScheduler(clip_sample=False, timestep_spacing=spacing) for spacing in ("leading", "trailing"))
-    expected = ddpm.ddim(unet, trailing, x, 10)
-    assert torch.allclose(ddpm.ddim(unet, leading, x, 10, start=999), expected, atol=1e-4)
-
-
-def test_the_network_is_called_once_a_step() -> None:
-    unet, scheduler, calls = tiny(), DDIMScheduler(clip_sample=False), []
-    unet.register_forward_pre_hook(lambda module, arguments: calls.append(arguments[1]))
-    ddpm.ddim(unet, scheduler, images(1), 5)
-    assert calls == [800, 600, 400, 200, 0]
-    calls.clear()
-    ddpm.ddim_invert(unet, scheduler, images(1), 5)
-    assert calls == [0, 200, 400, 600, 800]
-    calls.clear()
-    ddpm.ddim(unet, scheduler, images(1), 5, start=499)
-    assert calls == [499, 399, 299, 199, 99]
-    for steps in (0, 1001):
-        with pytest.raises(ProbekitError, match=rf"^steps {steps}: choose 1 to 1000"):
-            ddpm.ddim(unet, scheduler, images(1), steps)
 
 
 # --- spaces ------------------------------------------------------------------------------------------------------------

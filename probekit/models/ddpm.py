@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,60 +15,10 @@ from probekit.errors import ProbekitError
 from probekit.latents import LatentSpace
 from probekit.models import hub
 from probekit.models.model import Model
+from probekit.sampling import Schedule, denoisers, invert, sample
+from probekit.sampling.schedule import check_steps, ddim_level, ddim_scheduler
 
-_PREDICTIONS = ("epsilon", "v_prediction")
 _LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}  # Ho et al. 2020, section 4
-
-
-def ddim_scheduler(config: Mapping[str, Any]) -> Any:
-    """A `DDIMScheduler` with the noise of any diffusers scheduler's config, without clipping or thresholding.
-
-    Both would make the step irreversible. Raises ProbekitError for a scheduler that is not of the DDPM kind, and for a network
-    that predicts other than epsilon or velocity.
-    """
-    from diffusers import DDIMScheduler
-
-    kind = config.get("_class_name")
-    if config.get("beta_schedule") is None and config.get("trained_betas") is None:
-        raise ProbekitError(f"scheduler {kind}: has no betas; a DDPM or DDIM scheduler would do")
-    # linspace strides do not meet: neither diffusers' step nor its inverse knows them
-    changed = {"timestep_spacing": "leading"} if config.get("timestep_spacing") == "linspace" else {}
-    try:
-        scheduler = DDIMScheduler.from_config(dict(config), clip_sample=False, thresholding=False, **changed)
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise ProbekitError(f"scheduler {kind}: makes no DDIM scheduler ({' '.join(str(error).split())[:160]})") from error
-    if scheduler.config.prediction_type not in _PREDICTIONS:
-        raise ProbekitError(f"prediction_type {scheduler.config.prediction_type!r}: choose {' or '.join(_PREDICTIONS)}")
-    return scheduler
-
-
-@torch.no_grad()
-def ddim(
-    unet: Any, scheduler: Any, latents: Float[Tensor, "n c h w"], steps: int, start: int | None = None
-) -> Float[Tensor, "n c h w"]:
-    """Deterministic DDIM sampling: equation 12 of Song et al. 2021 with sigma 0, as `DDIMScheduler.step` with eta 0 does it.
-
-    latents: at the schedule's first timestep, or at timestep `start`, from where `steps` even strides then lead to the image.
-    Float32 throughout; images are not clamped. Calls the network `steps` times. Raises ProbekitError for more steps than the
-    schedule has.
-    """
-    latents = latents.float()
-    for timestep, before in _strides(scheduler, steps, start):
-        latents = _move(unet, scheduler, latents, timestep, source=timestep, target=before)
-    return latents
-
-
-@torch.no_grad()
-def ddim_invert(unet: Any, scheduler: Any, images: Float[Tensor, "n c h w"], steps: int) -> Float[Tensor, "n c h w"]:
-    """DDIM inversion: the steps of `ddim` backwards, as `DDIMInverseScheduler.step` does them.
-
-    Epsilon is evaluated at the target timestep on the source latent, the one at hand, so that a round trip is exact only in the
-    limit of many steps. Calls the network `steps` times. Raises ProbekitError for more steps than the schedule has.
-    """
-    latents = images.float()
-    for timestep, before in reversed(list(_strides(scheduler, steps, None))):
-        latents = _move(unet, scheduler, latents, timestep, source=before, target=timestep)
-    return latents
 
 
 def model(
@@ -106,7 +54,9 @@ def model(
     for option, timestep in (("noised_at", noised_at), ("h_at", h_at)):
         if not 0 <= timestep < trained:
             raise ProbekitError(f"{option} {timestep}: the schedule has timesteps 0 to {trained - 1}")
-    _check_steps(steps, trained)
+    check_steps(steps, trained)
+    predict, strides = denoisers.unconditional(unet), Schedule.of(scheduler, steps)
+    from_noised = Schedule.of(scheduler, min(steps, noised_at + 1), start=noised_at)
     shape = (3, size, size)
 
     def there(values: Tensor) -> Tensor:
@@ -120,20 +70,20 @@ def model(
     def prior(n: int, generator: torch.Generator) -> Tensor:
         return _noise(n, shape, generator)
 
-    def invert(images: Tensor, generator: torch.Generator) -> Tensor:
-        return ddim_invert(unet, scheduler, taken(images), steps).cpu()
+    def inverted(images: Tensor, generator: torch.Generator) -> Tensor:
+        return invert(predict, taken(images), strides).end.cpu()
 
-    def sample(latents: Tensor) -> Tensor:
-        return ddim(unet, scheduler, there(latents), steps).cpu().clamp(-1, 1)
+    def sampled(latents: Tensor) -> Tensor:
+        return sample(predict, there(latents), strides).end.cpu().clamp(-1, 1)
 
     def noise(images: Tensor, generator: torch.Generator) -> Tensor:
         return _forward(scheduler, taken(images), noised_at, there(prior(len(images), generator))).cpu()
 
     def denoise(latents: Tensor) -> Tensor:
-        return ddim(unet, scheduler, there(latents), min(steps, noised_at + 1), noised_at).cpu().clamp(-1, 1)
+        return sample(predict, there(latents), from_noised).end.cpu().clamp(-1, 1)
 
     spaces = [
-        LatentSpace(name, "inverted", shape, f"the latent of {steps} DDIM inversion steps", invert, sample, prior),
+        LatentSpace(name, "inverted", shape, f"the latent of {steps} DDIM inversion steps", inverted, sampled, prior),
         LatentSpace(
             name, "noised", shape, f"the image noised to timestep {noised_at}", noise, denoise,
             prior if noised_at == trained - 1 else None,
@@ -210,45 +160,8 @@ def loss(
     return error, {"squared_error": error.item()}
 
 
-def _strides(scheduler: Any, steps: int, start: int | None) -> Iterator[tuple[int, int]]:
-    """(timestep, the one before it) of each step, from noise to image; a negative one stands for the end, without noise."""
-    trained = scheduler.config.num_train_timesteps
-    _check_steps(steps, trained if start is None else start + 1)
-    if start is not None:
-        # as `trailing` spaces the whole schedule
-        stops = [round((start + 1) * (steps - i) / steps) - 1 for i in range(steps + 1)]
-        yield from itertools.pairwise(stops)
-        return
-    scheduler.set_timesteps(steps)
-    for timestep in scheduler.timesteps.tolist():
-        yield timestep, timestep - trained // steps
-
-
-def _check_steps(steps: int, most: int) -> None:
-    if not 1 <= steps <= most:
-        raise ProbekitError(f"steps {steps}: choose 1 to {most}, the number of timesteps to go through")
-
-
-def _move(unet: Any, scheduler: Any, latents: Tensor, timestep: int, *, source: int, target: int) -> Tensor:
-    """One deterministic step between two noise levels, with the network's prediction at `timestep` on the source."""
-    signal, noise = _levels(scheduler, source)
-    predicted = unet(latents.to(unet.dtype), timestep).sample[:, : latents.shape[1]].float()
-    if scheduler.config.prediction_type == "v_prediction":
-        image, epsilon = signal * latents - noise * predicted, signal * predicted + noise * latents
-    else:
-        image, epsilon = (latents - noise * predicted) / signal, predicted
-    signal, noise = _levels(scheduler, target)
-    return signal * image + noise * epsilon
-
-
-def _levels(scheduler: Any, timestep: int) -> tuple[float, float]:
-    """sqrt(abar) and sqrt(1 - abar) at a timestep, of the schedule's end for negative ones."""
-    abar = float(scheduler.alphas_cumprod[timestep] if timestep >= 0 else scheduler.final_alpha_cumprod)
-    return abar**0.5, (1 - abar) ** 0.5
-
-
 def _forward(scheduler: Any, images: Tensor, timestep: int, epsilon: Tensor) -> Tensor:
-    signal, noise = _levels(scheduler, timestep)
+    signal, noise = ddim_level(scheduler, timestep)
     return signal * images + noise * epsilon
 
 

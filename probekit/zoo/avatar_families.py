@@ -208,14 +208,14 @@ def flow_loss(network: Any, images: Images, generator: torch.Generator) -> tuple
 
 
 def build_ddpm() -> nn.Module:
-    """A UNet2DModel of four levels, with attention at 4x4."""
+    """A UNet2DModel of four levels, with attention at 8x8 and 4x4."""
     from diffusers import UNet2DModel
 
     return UNet2DModel(
-        sample_size=IMAGE_SIZE, block_out_channels=(32, 64, 64, 96), layers_per_block=1, norm_num_groups=8,
+        sample_size=IMAGE_SIZE, block_out_channels=(32, 48, 64, 64), layers_per_block=1, norm_num_groups=8,
         attention_head_dim=16,
-        down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     )  # fmt: skip
 
 
@@ -270,18 +270,19 @@ FAMILIES: dict[str, Family] = {
     ),
     "avatar-vqvae": Family(
         build_vqvae, vqvae_loss, _save_vqvae,
-        Schedule(steps=8_000, learning_rate=1.5e-3, weight_decay=0.0, bfloat16=True), batch=32,
+        Schedule(steps=3_500, learning_rate=1.5e-3, weight_decay=0.0, bfloat16=True), batch=32,
     ),
     "avatar-gan": Family(
         Adversaries, gan_loss, _save_generator,
-        Schedule(steps=20_000, learning_rate=2.5e-3, weight_decay=0.0, betas=(0.0, 0.99), clip=100.0), batch=32,
+        Schedule(steps=6_000, learning_rate=2.5e-3, weight_decay=0.0, betas=(0.0, 0.99), clip=100.0), batch=32,
     ),
     "avatar-flow": Family(
-        build_flow, flow_loss, _save_own("glow"), Schedule(steps=15_000, learning_rate=1e-3, weight_decay=0.0), batch=32,
-        keep=(100, 300, 1_000, 3_000, 6_000, 10_000),
+        build_flow, flow_loss, _save_own("glow"), Schedule(steps=5_000, learning_rate=1e-3, weight_decay=0.0), batch=32,
+        keep=(100, 300, 700, 1_500, 2_500, 3_500),
     ),
     "avatar-ddpm": Family(
         build_ddpm, ddpm_loss, _save_ddpm,
-        Schedule(steps=20_000, learning_rate=8e-4, weight_decay=0.0, bfloat16=True), batch=32,
+        Schedule(steps=6_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=32,
+        keep=(100, 200, 400, 700, 1_100, 1_700, 2_600, 4_000),
     ),
 }  # fmt: skip

@@ -1,0 +1,18 @@
+"""Sampling and inversion: trajectories between noise and image, both ways, for diffusion and rectified flow."""
+
+from probekit.sampling.schedule import Schedule
+from probekit.sampling.trajectory import (
+    Denoiser,
+    Trajectory,
+    invert,
+    invert_coupled,
+    invert_fixed_point,
+    invert_renoised,
+    sample,
+    sample_coupled,
+)
+
+__all__ = [
+    "Denoiser", "Schedule", "Trajectory", "invert", "invert_coupled", "invert_fixed_point", "invert_renoised", "sample",
+    "sample_coupled",
+]  # fmt: skip

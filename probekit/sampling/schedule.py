@@ -1,0 +1,146 @@
+"""Which noise levels a sampler steps through, read from a diffusers scheduler, and the arithmetic of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from probekit.errors import ProbekitError
+
+_PREDICTIONS = ("epsilon", "v_prediction")
+
+Level = tuple[float, float]
+"""Signal and noise: a state there is signal * image + noise * epsilon."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a deterministic sampler, from noise to image.
+
+    timesteps: what the network is told at each step, n of them, in its training's units.
+    sources, targets: the level at which each step starts and ends. diffusers rounds strides, so that one step may end a
+    timestep beside where the next starts; state 0 … n - 1 count as at their step's source, state n, the image, as at the last
+    target.
+    prediction: what the network predicts: `epsilon`, `v_prediction` (Salimans and Ho 2022) or `flow`, the velocity
+    epsilon - image of rectified flow (Liu et al. 2023), whose levels are (1 - sigma, sigma).
+    """
+
+    timesteps: tuple[float, ...]
+    sources: tuple[Level, ...]
+    targets: tuple[Level, ...]
+    prediction: str
+
+    @classmethod
+    def of(cls, scheduler: Any, steps: int, *, start: int | None = None, tokens: int | None = None) -> Schedule:
+        """The schedule that a diffusers scheduler means, in float64.
+
+        Schedulers with betas (DDPM, DDIM, PNDM, Euler, DPM-Solver, …) give DDIM's with eta 0 (Song et al. 2021, equation 12):
+        the strides of `DDIMScheduler` with their config, without clipping. A `FlowMatchEulerDiscreteScheduler` gives its sigmas.
+
+        start: a timestep of a DDIM schedule from where `steps` even strides lead to the image, instead of the noisiest.
+        tokens: the length of the image's token sequence, which schedulers with dynamic shifting (Flux) need.
+        Raises ProbekitError, naming the scheduler, for one that cannot be stepped both ways, and for more steps than it has.
+        """
+        name = type(scheduler).__name__
+        if name == "FlowMatchEulerDiscreteScheduler":
+            return cls._flow(scheduler, steps, tokens)
+        ddim = ddim_scheduler({"_class_name": name, **scheduler.config})
+        trained = ddim.config.num_train_timesteps
+        check_steps(steps, trained if start is None else start + 1)
+        if start is None:
+            ddim.set_timesteps(steps)
+            strides = [(t, t - trained // steps) for t in ddim.timesteps.tolist()]
+        else:  # as `trailing` spaces the whole schedule
+            stops = [round((start + 1) * (steps - i) / steps) - 1 for i in range(steps + 1)]
+            strides = list(zip(stops, stops[1:], strict=False))
+        return cls(
+            tuple(float(t) for t, _ in strides),
+            tuple(ddim_level(ddim, t) for t, _ in strides),
+            tuple(ddim_level(ddim, t) for _, t in strides),
+            ddim.config.prediction_type,
+        )
+
+    @classmethod
+    def _flow(cls, scheduler: Any, steps: int, tokens: int | None) -> Schedule:
+        config = scheduler.config
+        for option in ("stochastic_sampling", "invert_sigmas"):
+            if config.get(option):
+                raise ProbekitError(f"scheduler {type(scheduler).__name__}: has {option}, which cannot be inverted")
+        check_steps(steps, config.num_train_timesteps)
+        fresh, options = type(scheduler).from_config(config), {}
+        if config.get("use_dynamic_shifting"):
+            if tokens is None:
+                raise ProbekitError(f"scheduler {type(scheduler).__name__}: shifts with the image's size; tokens are needed")
+            # as FluxPipeline asks for them: calculate_shift, and sigmas from 1 to 1 / steps
+            slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+            mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
+            options = {"sigmas": [1 - i / steps for i in range(steps)], "mu": mu}
+        # its sigma_min is shifted already: sigmas are read, not computed again
+        fresh.set_timesteps(**({"num_inference_steps": steps} | options))
+        sigmas = fresh.sigmas.double().tolist()
+        levels = [(1 - sigma, sigma) for sigma in sigmas]
+        return cls(tuple(fresh.timesteps.double().tolist()), tuple(levels[:-1]), tuple(levels[1:]), "flow")
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def level(self, state: int) -> Level:
+        """Signal and noise of a state, 0 (noise) to n (image)."""
+        return self.sources[state] if state < len(self) else self.targets[-1]
+
+    def forward(self, step: int) -> tuple[float, float]:
+        """(a, b) of a sampling step: the next state is a * state + b * prediction."""
+        return between(self.prediction, self.sources[step], self.targets[step])
+
+    def backward(self, step: int) -> tuple[float, float]:
+        """(a, b) of a plain inversion step: state `step` is about a * state `step + 1` + b * prediction at the latter."""
+        return between(self.prediction, self.targets[step], self.sources[step])
+
+
+def between(prediction: str, source: Level, target: Level) -> tuple[float, float]:
+    """(a, b) of a step between two noise levels that keeps the image and epsilon that are predicted at the source.
+
+    With them, target = signal' * image + noise' * epsilon: for epsilon equation 12 of Song et al. (2021) with sigma 0, for
+    flow Euler's step along the velocity. Linear in the state and the prediction, it is a * state + b * prediction.
+    """
+    (signal, noise), (signal_, noise_) = source, target
+    if prediction == "epsilon":
+        return signal_ / signal, noise_ - signal_ * noise / signal
+    if prediction == "v_prediction":
+        return signal_ * signal + noise_ * noise, noise_ * signal - signal_ * noise
+    return 1.0, noise_ - noise
+
+
+def ddim_scheduler(config: Mapping[str, Any]) -> Any:
+    """A `DDIMScheduler` with the noise of any diffusers scheduler's config, without clipping or thresholding.
+
+    Both would make the step irreversible. Raises ProbekitError for a scheduler that is not of the DDPM kind, and for a network
+    that predicts other than epsilon or velocity.
+    """
+    from diffusers import DDIMScheduler
+
+    kind = config.get("_class_name")
+    if config.get("beta_schedule") is None and config.get("trained_betas") is None:
+        raise ProbekitError(f"scheduler {kind}: has no betas; a DDPM or DDIM scheduler would do")
+    # linspace strides do not meet: neither diffusers' step nor its inverse knows them
+    changed = {"timestep_spacing": "leading"} if config.get("timestep_spacing") == "linspace" else {}
+    try:
+        scheduler = DDIMScheduler.from_config(dict(config), clip_sample=False, thresholding=False, **changed)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise ProbekitError(f"scheduler {kind}: makes no DDIM scheduler ({' '.join(str(error).split())[:160]})") from error
+    if scheduler.config.prediction_type not in _PREDICTIONS:
+        raise ProbekitError(f"prediction_type {scheduler.config.prediction_type!r}: choose {' or '.join(_PREDICTIONS)}")
+    return scheduler
+
+
+def ddim_level(scheduler: Any, timestep: int) -> Level:
+    """sqrt(abar) and sqrt(1 - abar) at a timestep, of the schedule's end for negative ones."""
+    abar = float(scheduler.alphas_cumprod[timestep] if timestep >= 0 else scheduler.final_alpha_cumprod)
+    return abar**0.5, (1 - abar) ** 0.5
+
+
+def check_steps(steps: int, most: int) -> None:
+    """Raises ProbekitError for other than 1 to `most` steps."""
+    if not 1 <= steps <= most:
+        raise ProbekitError(f"steps {steps}: choose 1 to {most}, the number of timesteps to go through")
