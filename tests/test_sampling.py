@@ -298,8 +298,14 @@ def test_a_class_conditional_denoiser_is_guided_as_its_pipeline() -> None:
     torch.manual_seed(0)
     dit = scramble(
         DiTTransformer2DModel(
-            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
-            num_embeds_ada_norm=10, norm_num_groups=1,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            sample_size=8,
+            num_embeds_ada_norm=10,
+            norm_num_groups=1,
         )  # fmt: skip
     )
     x, labels = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 7])

@@ -13,14 +13,16 @@ from safetensors import SafetensorError, safe_open
 
 from probekit.errors import ProbekitError
 from probekit.latents import LatentSpace
-from probekit.models import checkpoint, custom, ddpm, ddpm_checkpoints, glow, random, stylegan2, vae, vqvae
+from probekit.models import checkpoint, custom, ddpm, ddpm_checkpoints, glow, latent_diffusion, random, stylegan2, vae, vqvae
 from probekit.models.model import Model
 from probekit.models.text_to_image import TextToImage, choose_device
+from probekit.sampling import Diffusion
 from probekit.zoo import MODELS, PIPELINES, weights
 
-__all__ = ["Model", "TextToImage", "load", "load_space", "load_text_to_image"]
+__all__ = ["Model", "TextToImage", "load", "load_diffusion", "load_space", "load_text_to_image"]
 
 _NOISE_ONLY = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
+_LATENT = ("LDMPipeline", "DiTPipeline")
 _HUB_ID = r"[\w.-]+/[\w.-]+"
 _SUFFIXES = (".ckpt", ".pkl", ".pt", ".pth", ".safetensors")
 
@@ -57,7 +59,7 @@ def load(name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto")
     if path.is_dir() and not (path / "model_index.json").is_file():
         return _on(device, dtype, _load_folder(path, name))
     place = path if path.is_dir() else name
-    loaders = {"LDMPipeline": vqvae.load_folder, **dict.fromkeys(_NOISE_ONLY, ddpm.load_folder)}
+    loaders = {**dict.fromkeys(_LATENT, latent_diffusion.load_folder), **dict.fromkeys(_NOISE_ONLY, ddpm.load_folder)}
     if loader := loaders.get(_pipeline_class(place)):
         return _on(device, dtype, loader(place, name))
     return TextToImage.from_pretrained(place, name=name, device=device, dtype=dtype)
@@ -80,6 +82,33 @@ def load_space(spec: str, *, device: str = "auto") -> tuple[Model, LatentSpace]:
     if not isinstance(loaded, Model):
         raise ProbekitError(f"model {name!r}: a text-to-image pipeline, which has no latent spaces here yet")
     return loaded, loaded.space(space or None)
+
+
+def load_diffusion(
+    name_or_path: str, *, device: str = "auto", dtype: str = "auto", prompt: str | None = None, label: int | None = None,
+    guidance: float = 1.0,
+) -> tuple[Model | TextToImage, Diffusion]:  # fmt: skip
+    """`load`, for where noise is to become images and back: the model, and what sampling and inversion need of it.
+
+    prompt: the caption of a text-to-image model's images, empty where it is None; label: the class of a DiT's. Raises
+    ProbekitError for a model without noise to start from, and for a prompt, label or guidance that the model has no use for.
+    """
+    loaded = load(name_or_path, device=device, dtype=dtype)
+    if isinstance(loaded, TextToImage):
+        if label is not None:
+            raise ProbekitError(f"--label {label}: model {loaded.name!r} has no classes; give a --prompt")
+        return loaded, loaded.diffusion(prompt or "", guidance)
+    if loaded.diffusion is None:
+        raise ProbekitError(f"model {loaded.name!r}: a {loaded.family}, which makes no images from noise step by step")
+    if prompt is not None:
+        raise ProbekitError(f"--prompt {prompt!r}: model {loaded.name!r} takes none")
+    if label is not None or guidance != 1:
+        if _pipeline_class(_path(name_or_path)) != "DiTPipeline":
+            option = f"--guidance {guidance:g}" if label is None else f"--label {label}"
+            raise ProbekitError(f"{option}: model {loaded.name!r} has no classes")
+        loaded = _on(device, dtype, latent_diffusion.load_folder(name_or_path, name_or_path, label=label, guidance=guidance))
+        assert loaded.diffusion is not None
+    return loaded, loaded.diffusion
 
 
 def load_text_to_image(name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto") -> TextToImage:

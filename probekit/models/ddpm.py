@@ -1,4 +1,4 @@
-"""Unconditional diffusion models (DDPM, Ho et al. 2020) and their latent spaces: noised, DDIM-inverted, h-space."""
+"""Unconditional models of pixels, diffusion (DDPM, Ho et al. 2020) and rectified flow (Liu et al. 2023), and their spaces."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from probekit.errors import ProbekitError
 from probekit.latents import LatentSpace
 from probekit.models import hub
 from probekit.models.model import Model
-from probekit.sampling import Schedule, denoisers, invert, sample
-from probekit.sampling.schedule import check_steps, ddim_level, ddim_scheduler
+from probekit.sampling import Diffusion, Schedule, denoisers, invert, sample
+from probekit.sampling.schedule import check_steps, level_at, reversible
 
 _LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}  # Ho et al. 2020, section 4
 
@@ -26,11 +26,12 @@ def model(
 ) -> Model:
     """A diffusers `UNet2DModel` of pixels with its spaces, the image's size being its config's.
 
-    scheduler: any of diffusers' that has the model's betas. steps: network calls of an inversion and of a sampling.
+    scheduler: any of diffusers' that has the model's betas, or a `FlowMatchEulerDiscreteScheduler`. steps: network calls of an
+    inversion and of a sampling.
 
-    - `inverted`: the DDIM-inverted latent; decoding samples from it.
-    - `noised`: sqrt(abar) x0 + sqrt(1 - abar) epsilon at timestep `noised_at` (the last), epsilon from the generator; decoding
-      samples from there. Only at the last timestep has it a prior to sample from, N(0, 1).
+    - `inverted`: the latent of plain inversion, by DDIM or Euler's method; decoding samples from it.
+    - `noised`: signal * image + noise * epsilon at timestep `noised_at` (the last), epsilon from the generator; decoding samples
+      from there. Only at the last timestep has it a prior to sample from, N(0, 1).
     - `h`: h-space (Kwon et al. 2023), what the middle block gives for the image noised to timestep `h_at` (half the schedule).
       The noise is one for all images, drawn once with seed 0, so that images alone make the difference. It cannot be decoded.
 
@@ -38,7 +39,7 @@ def model(
 
     Raises ProbekitError for networks of other than three channels, class-conditional ones, and numbers outside the schedule.
     """
-    scheduler = ddim_scheduler({"_class_name": type(scheduler).__name__, **scheduler.config})
+    scheduler = reversible({"_class_name": type(scheduler).__name__, **scheduler.config})
     config, trained = unet.config, scheduler.config.num_train_timesteps
     if config.in_channels != 3 or config.out_channels not in (3, 6):
         raise ProbekitError(
@@ -83,7 +84,7 @@ def model(
         return sample(predict, there(latents), from_noised).end.cpu().clamp(-1, 1)
 
     spaces = [
-        LatentSpace(name, "inverted", shape, f"the latent of {steps} DDIM inversion steps", inverted, sampled, prior),
+        LatentSpace(name, "inverted", shape, f"the latent of {steps} inversion steps", inverted, sampled, prior),
         LatentSpace(
             name, "noised", shape, f"the image noised to timestep {noised_at}", noise, denoise,
             prior if noised_at == trained - 1 else None,
@@ -100,7 +101,9 @@ def model(
 
         about = f"the middle block's output at timestep {h_at}, the same noise on every image"
         spaces.append(LatentSpace(name, "h", _h_shape(unet, size), about, h))
-    return Model(name, "ddpm", size, unet, {space.name: space for space in spaces})
+    diffusion = Diffusion(name, size, shape, scheduler, lambda rows: predict, there, lambda states: states)
+    family = "flow" if strides.prediction == "flow" else "ddpm"
+    return Model(name, family, size, unet, {space.name: space for space in spaces}, diffusion=diffusion)
 
 
 def load_folder(path: str | Path, name: str) -> Model:
@@ -135,7 +138,7 @@ def load_folder(path: str | Path, name: str) -> Model:
         noise = _LINEAR
     unet = hub.load_part(UNet2DModel, place, part, name)
     try:
-        scheduler = ddim_scheduler(noise)
+        scheduler = reversible(noise)
     except ProbekitError as error:
         raise ProbekitError(f"model {name!r}: {error}") from error
     return model(unet, scheduler, name)
@@ -146,22 +149,28 @@ def loss(
 ) -> tuple[Float[Tensor, ""], dict[str, float]]:
     """The simple loss, equation 14 of Ho et al. 2020: mean squared error of epsilon at timesteps drawn uniformly.
 
-    Of velocity where the scheduler's prediction_type says so. Timesteps, then noise, are drawn from the generator. Noise is
-    added in float32, whatever the network's precision: in bfloat16 the first levels would have none.
+    Of velocity where the scheduler's prediction_type says so; with a `FlowMatchEulerDiscreteScheduler` that of rectified flow
+    (Liu et al. 2023, equation 1), whose target is epsilon - image. Timesteps, then noise, are drawn from the generator. Noise
+    is added in float32, whatever the network's precision: in bfloat16 the first levels would have none.
     """
     last = scheduler.config.num_train_timesteps
     timesteps = torch.randint(last, (len(images),), generator=generator, device=generator.device).to(images.device)
     images = images.float()
     epsilon = _noise(len(images), images.shape[1:], generator).to(images)
-    noisy = scheduler.add_noise(images, epsilon, timesteps)
-    velocity = scheduler.config.prediction_type == "v_prediction"
-    target = scheduler.get_velocity(images, epsilon, timesteps) if velocity else epsilon
+    if hasattr(scheduler, "scale_noise"):
+        timesteps = timesteps + 1  # the schedule's are 1 to 1000; at 0 there is no noise
+        sigma = (timesteps / last).view(-1, 1, 1, 1)
+        noisy, target = (1 - sigma) * images + sigma * epsilon, epsilon - images
+    else:
+        noisy = scheduler.add_noise(images, epsilon, timesteps)
+        velocity = scheduler.config.prediction_type == "v_prediction"
+        target = scheduler.get_velocity(images, epsilon, timesteps) if velocity else epsilon
     error = F.mse_loss(unet(noisy.to(unet.dtype), timesteps).sample[:, :3].float(), target)
     return error, {"squared_error": error.item()}
 
 
 def _forward(scheduler: Any, images: Tensor, timestep: int, epsilon: Tensor) -> Tensor:
-    signal, noise = ddim_level(scheduler, timestep)
+    signal, noise = level_at(scheduler, timestep)
     return signal * images + noise * epsilon
 
 

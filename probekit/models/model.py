@@ -11,15 +11,17 @@ from torch import nn
 
 from probekit.errors import ProbekitError
 from probekit.latents import LatentSpace
+from probekit.sampling import Diffusion
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
     """A network and its latent spaces, the first of which is the default.
 
-    name: how it was asked for; family: vae, vqvae, glow, stylegan2, ddpm, random or custom; image_size: height and width of its
-    images in pixels; network: the module whose weights count, None for a model without any; source: what else makes the
-    model what it is, such as a hash of the user's code.
+    name: how it was asked for; family: vae, vqvae, glow, stylegan2, ddpm, flow (rectified), ldm, random or custom; image_size:
+    height and width of its images in pixels; network: the module whose weights count, None for a model without any; source:
+    what else makes the model what it is, such as a hash of the user's code; diffusion: how noise becomes images and back, of a
+    diffusion or rectified-flow model.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Model:
     network: nn.Module | None = field(repr=False)
     spaces: dict[str, LatentSpace] = field(repr=False)
     source: str = field(default="", repr=False)
+    diffusion: Diffusion | None = field(default=None, repr=False)
 
     def space(self, name: str | None = None) -> LatentSpace:
         """The space of that name, or the default one. Raises ProbekitError with the names there are."""
@@ -39,8 +42,8 @@ class Model:
 
     @property
     def denoiser(self) -> nn.Module:
-        """The U-Net of a ddpm. Raises ProbekitError for another family."""
-        if self.network is None or self.family != "ddpm":
+        """The U-Net of a model of pixels. Raises ProbekitError for another family."""
+        if self.network is None or self.family not in ("ddpm", "flow"):
             raise ProbekitError(f"model {self.name!r}: a {self.family}; layers are those of denoisers, U-Nets and transformers")
         return self.network
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from probekit import hooks
 from probekit.errors import ProbekitError
 from probekit.models import hub
+from probekit.sampling import Denoiser, Diffusion, denoisers
 from probekit.zoo import GUIDANCE
 
 _STABLE = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -114,6 +115,38 @@ class TextToImage:
         with torch.no_grad():
             images = self.pipeline(**hooks.stack(rows), **self.defaults | options, output_type="pt").images
         return images.float() * 2 - 1
+
+    def diffusion(self, prompt: str = "", guidance: float = 1.0) -> Diffusion:
+        """The pipeline as what is sampled and inverted with one caption, its images of the size it was trained for.
+
+        guidance: with more than 1 inversion is known to diverge. Raises ProbekitError for a pipeline without a VAE of its own.
+        """
+        network, vae, kind = self.denoiser, getattr(self.pipeline, "vae", None), type(self.pipeline).__name__
+        config: Any = network.config
+        if vae is None:
+            raise ProbekitError(f"model {self.name!r}: a {kind}, which has no VAE to bring images to its latents")
+        scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+        packs = kind == "FluxPipeline"  # into tokens of 2x2 latents
+        side = self.pipeline.default_sample_size if packs else config.sample_size
+        size, channels = side * self.pipeline.vae_scale_factor, vae.config.latent_channels
+        shape = (side // 2 * (side // 2), 4 * channels) if packs else (channels, side, side)
+
+        def encode(images: Tensor) -> Tensor:
+            states = (vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean - shift) * scale
+            return self.pipeline._pack_latents(states, len(states), channels, side, side) if packs else states
+
+        def decode(states: Tensor) -> Tensor:
+            states = states.to(vae.device, vae.dtype)
+            if packs:
+                states = self.pipeline._unpack_latents(states, size, size, self.pipeline.vae_scale_factor)
+            return vae.decode(states / scale + shift, return_dict=False)[0]
+
+        def predict(rows: int) -> Denoiser:
+            return denoisers.captioned(self.pipeline, [self.row(prompt, 0)] * rows, guidance, **options)
+
+        options = {key: value for key, value in self.defaults.items() if key != "guidance_scale"}
+        tokens = shape[0] if packs else None
+        return Diffusion(self.name, size, shape, self.pipeline.scheduler, predict, encode, decode, tokens)
 
     def sweep(
         self,

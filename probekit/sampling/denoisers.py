@@ -40,12 +40,12 @@ def class_conditional(dit: Any, labels: Int[Tensor, " n"], guidance: float = 1.0
     return predict
 
 
-def captioned(pipeline: Any, rows: Sequence[dict[str, Any]], guidance: float = 1.0) -> Denoiser:
+def captioned(pipeline: Any, rows: Sequence[dict[str, Any]], guidance: float = 1.0, **options: Any) -> Denoiser:
     """The network of a text-to-image pipeline with a caption a row, and classifier-free guidance (Ho and Salimans 2022).
 
     rows: what the pipeline is called with, a dictionary a row (`TextToImage.row`). The pipeline is run for one step, and what
     it tells its network beside the state and the timestep is kept: embeddings, masks, sizes, positions. States are latents as
-    the network takes them, Flux's packed into tokens. Where guidance is built into the network (Flux) it is `guidance`, too.
+    the network takes them, Flux's packed into tokens. options: more of the pipeline's. Where guidance is built into the network (Flux) it is `guidance`, too.
     """
     network: Any = hooks.denoiser(pipeline)
     told: list[dict[str, Any]] = []
@@ -56,7 +56,7 @@ def captioned(pipeline: Any, rows: Sequence[dict[str, Any]], guidance: float = 1
     handle = network.register_forward_pre_hook(listen, with_kwargs=True)
     try:
         with torch.no_grad():
-            pipeline(**hooks.stack(list(rows)), num_inference_steps=1, guidance_scale=guidance, output_type="latent")
+            pipeline(**hooks.stack(list(rows)), **options, num_inference_steps=1, guidance_scale=guidance, output_type="latent")
     finally:
         handle.remove()
     itself, state, *_ = call = told[0]  # the state is a U-Net's `sample`, a transformer's `hidden_states`

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from probekit.errors import ProbekitError
 
 _PREDICTIONS = ("epsilon", "v_prediction")
+_FLOW = "FlowMatchEulerDiscreteScheduler"
 
 Level = tuple[float, float]
 """Signal and noise: a state there is signal * image + noise * epsilon."""
@@ -38,49 +40,37 @@ class Schedule:
         Schedulers with betas (DDPM, DDIM, PNDM, Euler, DPM-Solver, …) give DDIM's with eta 0 (Song et al. 2021, equation 12):
         the strides of `DDIMScheduler` with their config, without clipping. A `FlowMatchEulerDiscreteScheduler` gives its sigmas.
 
-        start: a timestep of a DDIM schedule from where `steps` even strides lead to the image, instead of the noisiest.
+        start: a timestep, a whole number from 0, from where `steps` even strides lead to the image, instead of the noisiest.
         tokens: the length of the image's token sequence, which schedulers with dynamic shifting (Flux) need.
         Raises ProbekitError, naming the scheduler, for one that cannot be stepped both ways, and for more steps than it has.
         """
-        name = type(scheduler).__name__
-        if name == "FlowMatchEulerDiscreteScheduler":
-            return cls._flow(scheduler, steps, tokens)
-        ddim = ddim_scheduler({"_class_name": name, **scheduler.config})
-        trained = ddim.config.num_train_timesteps
+        scheduler = reversible({"_class_name": type(scheduler).__name__, **scheduler.config})
+        trained = scheduler.config.num_train_timesteps
         check_steps(steps, trained if start is None else start + 1)
-        if start is None:
-            ddim.set_timesteps(steps)
-            strides = [(t, t - trained // steps) for t in ddim.timesteps.tolist()]
-        else:  # as `trailing` spaces the whole schedule
+        if start is not None:  # as `trailing` spaces the whole schedule; the end, without noise, is before all timesteps
             stops = [round((start + 1) * (steps - i) / steps) - 1 for i in range(steps + 1)]
-            strides = list(zip(stops, stops[1:], strict=False))
-        return cls(
-            tuple(float(t) for t, _ in strides),
-            tuple(ddim_level(ddim, t) for t, _ in strides),
-            tuple(ddim_level(ddim, t) for _, t in strides),
-            ddim.config.prediction_type,
-        )
-
-    @classmethod
-    def _flow(cls, scheduler: Any, steps: int, tokens: int | None) -> Schedule:
-        config = scheduler.config
-        for option in ("stochastic_sampling", "invert_sigmas"):
-            if config.get(option):
-                raise ProbekitError(f"scheduler {type(scheduler).__name__}: has {option}, which cannot be inverted")
-        check_steps(steps, config.num_train_timesteps)
-        fresh, options = type(scheduler).from_config(config), {}
-        if config.get("use_dynamic_shifting"):
+            return cls._between(scheduler, list(itertools.pairwise(stops)))
+        if type(scheduler).__name__ != _FLOW:
+            scheduler.set_timesteps(steps)
+            return cls._between(scheduler, [(t, t - trained // steps) for t in scheduler.timesteps.tolist()])
+        options: dict[str, Any] = {"num_inference_steps": steps}
+        if (config := scheduler.config).use_dynamic_shifting:
             if tokens is None:
-                raise ProbekitError(f"scheduler {type(scheduler).__name__}: shifts with the image's size; tokens are needed")
+                raise ProbekitError(f"scheduler {_FLOW}: shifts with the image's size; tokens are needed")
             # as FluxPipeline asks for them: calculate_shift, and sigmas from 1 to 1 / steps
             slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
             mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
             options = {"sigmas": [1 - i / steps for i in range(steps)], "mu": mu}
         # its sigma_min is shifted already: sigmas are read, not computed again
-        fresh.set_timesteps(**({"num_inference_steps": steps} | options))
-        sigmas = fresh.sigmas.double().tolist()
-        levels = [(1 - sigma, sigma) for sigma in sigmas]
-        return cls(tuple(fresh.timesteps.double().tolist()), tuple(levels[:-1]), tuple(levels[1:]), "flow")
+        scheduler.set_timesteps(**options)
+        levels = [(1 - sigma, sigma) for sigma in scheduler.sigmas.double().tolist()]
+        return cls(tuple(scheduler.timesteps.double().tolist()), tuple(levels[:-1]), tuple(levels[1:]), "flow")
+
+    @classmethod
+    def _between(cls, scheduler: Any, strides: list[tuple[int, int]]) -> Schedule:
+        sources, targets = (tuple(level_at(scheduler, t) for t in ends) for ends in zip(*strides, strict=True))
+        prediction = "flow" if type(scheduler).__name__ == _FLOW else scheduler.config.prediction_type
+        return cls(tuple(float(t) for t, _ in strides), sources, targets, prediction)
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -112,17 +102,23 @@ def between(prediction: str, source: Level, target: Level) -> tuple[float, float
     return 1.0, noise_ - noise
 
 
-def ddim_scheduler(config: Mapping[str, Any]) -> Any:
-    """A `DDIMScheduler` with the noise of any diffusers scheduler's config, without clipping or thresholding.
+def reversible(config: Mapping[str, Any]) -> Any:
+    """The scheduler that walks the noise levels of a diffusers scheduler's config both ways.
 
-    Both would make the step irreversible. Raises ProbekitError for a scheduler that is not of the DDPM kind, and for a network
-    that predicts other than epsilon or velocity.
+    A `DDIMScheduler` without clipping or thresholding, which would make steps irreversible, for one with betas; a fresh
+    `FlowMatchEulerDiscreteScheduler` for its own. Raises ProbekitError, naming the scheduler, for any other, for one that draws
+    noise, and for a network that predicts other than epsilon, velocity or flow.
     """
-    from diffusers import DDIMScheduler
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
     kind = config.get("_class_name")
+    if kind == _FLOW:
+        for option in ("stochastic_sampling", "invert_sigmas"):
+            if config.get(option):
+                raise ProbekitError(f"scheduler {kind}: has {option}, which cannot be inverted")
+        return FlowMatchEulerDiscreteScheduler.from_config(dict(config))
     if config.get("beta_schedule") is None and config.get("trained_betas") is None:
-        raise ProbekitError(f"scheduler {kind}: has no betas; a DDPM or DDIM scheduler would do")
+        raise ProbekitError(f"scheduler {kind}: has no betas; a DDPM or DDIM scheduler or {_FLOW} would do")
     # linspace strides do not meet: neither diffusers' step nor its inverse knows them
     changed = {"timestep_spacing": "leading"} if config.get("timestep_spacing") == "linspace" else {}
     try:
@@ -134,8 +130,11 @@ def ddim_scheduler(config: Mapping[str, Any]) -> Any:
     return scheduler
 
 
-def ddim_level(scheduler: Any, timestep: int) -> Level:
-    """sqrt(abar) and sqrt(1 - abar) at a timestep, of the schedule's end for negative ones."""
+def level_at(scheduler: Any, timestep: int) -> Level:
+    """Signal and noise at one of a reversible scheduler's timesteps, of the schedule's end for negative ones."""
+    if type(scheduler).__name__ == _FLOW:
+        sigma = max(timestep, 0) / scheduler.config.num_train_timesteps
+        return 1 - sigma, sigma
     abar = float(scheduler.alphas_cumprod[timestep] if timestep >= 0 else scheduler.final_alpha_cumprod)
     return abar**0.5, (1 - abar) ** 0.5
 

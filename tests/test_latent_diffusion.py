@@ -1,0 +1,138 @@
+"""Latent diffusion and text-to-image models as what is sampled and inverted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    LDMPipeline,
+    UNet2DModel,
+    VQModel,
+)
+
+from probekit import ProbekitError, load
+from probekit.models import Model, TextToImage, load_diffusion
+from probekit.sampling import sample
+from tests.conftest import scramble, tiny_vae
+from tests.test_sampling import tiny
+
+
+@pytest.fixture
+def ldm_folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    vq = VQModel(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=3, num_vq_embeddings=16, norm_num_groups=4, sample_size=16, scaling_factor=0.5,
+    )  # fmt: skip
+    pipeline = LDMPipeline(vqvae=scramble(vq), unet=tiny(), scheduler=DDIMScheduler(clip_sample=False))
+    pipeline.save_pretrained(tmp_path / "ldm")
+    return tmp_path / "ldm"
+
+
+@pytest.fixture
+def dit_folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    dit = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        num_embeds_ada_norm=1000, norm_num_groups=1,  # DiTPipeline's empty class is number 1000
+    )  # fmt: skip
+    pipeline = DiTPipeline(scramble(dit), tiny_vae(), DDIMScheduler(clip_sample=False), id2label={3: "dog"})
+    pipeline.save_pretrained(tmp_path / "dit")
+    return tmp_path / "dit"
+
+
+def test_an_ldm_samples_what_its_pipeline_does(ldm_folder: Path) -> None:
+    model, diffusion = load_diffusion(str(ldm_folder), device="cpu")
+    assert isinstance(model, Model) and model.family == "ldm" and list(model.spaces) == ["grid", "quantized", "inverted"]
+    assert diffusion.shape == (3, 8, 8) and diffusion.image_size == 16
+    pipeline = LDMPipeline.from_pretrained(ldm_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(1, torch.Generator().manual_seed(4), num_inference_steps=5, eta=0.0, output_type="np").images
+    noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    made = diffusion.decode(sample(diffusion.denoiser(1), noise, diffusion.schedule(5)).end)
+    assert torch.allclose(made, torch.from_numpy(expected).permute(0, 3, 1, 2) * 2 - 1, atol=1e-4)
+    # its default space stays the VQ-VAE's grid, which All Roads stitches; noiseless states are that grid, scaled
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.allclose(diffusion.encode(images), 0.5 * model.space().encode(images), atol=1e-6)
+    assert model.space("inverted").encode(images).shape == (2, 3, 8, 8)
+
+
+def test_a_dit_samples_what_its_pipeline_does(dit_folder: Path) -> None:
+    _, diffusion = load_diffusion(str(dit_folder), device="cpu", label=3, guidance=4.0)
+    pipeline = DiTPipeline.from_pretrained(dit_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline([3], 4.0, torch.Generator().manual_seed(4), num_inference_steps=5, output_type="np").images
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    made = diffusion.decode(sample(diffusion.denoiser(1), noise, diffusion.schedule(5)).end)
+    assert torch.allclose(made, torch.from_numpy(expected).permute(0, 3, 1, 2) * 2 - 1, atol=2e-4)
+    free = load_diffusion(str(dit_folder), device="cpu")[1]
+    assert not torch.allclose(free.denoiser(1)(noise, 500.0), diffusion.denoiser(1)(noise, 500.0), atol=1e-3)
+
+
+def test_a_rectified_flow_of_pixels_is_recognised_by_its_scheduler(tmp_path: Path) -> None:
+    pipeline = DDPMPipeline(tiny(), FlowMatchEulerDiscreteScheduler())
+    pipeline.save_pretrained(tmp_path / "flow")
+    model = load(tmp_path / "flow", device="cpu")
+    assert isinstance(model, Model) and model.family == "flow" and model.diffusion is not None
+    assert model.diffusion.schedule(4).prediction == "flow" and list(model.spaces) == ["inverted", "noised", "h"]
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(1, torch.Generator().manual_seed(4), num_inference_steps=5, output_type="np").images
+    noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    made = sample(model.diffusion.denoiser(1), noise, model.diffusion.schedule(5)).end.clamp(-1, 1)
+    assert torch.allclose(made, torch.from_numpy(expected).permute(0, 3, 1, 2) * 2 - 1, atol=1e-4)
+
+
+def test_a_text_to_image_model_samples_what_its_pipeline_does(tiny_sd: Any) -> None:
+    model = TextToImage(tiny_sd, name="tiny")
+    diffusion = model.diffusion("a large red fish at the left on a plain blue ground", 2.0)
+    made = diffusion.decode(
+        sample(diffusion.denoiser(1), diffusion.noise(range(1), 0), diffusion.schedule(3)).end,
+    )
+    prompt = "a large red fish at the left on a plain blue ground"
+    expected = model.generate([prompt], [0], num_inference_steps=3, guidance_scale=2.0, latents=diffusion.noise(range(1), 0))
+    assert torch.allclose(made, expected, atol=1e-4)
+    images = diffusion.decode(diffusion.encode(made))
+    assert images.shape == made.shape
+
+
+def test_a_row_s_noise_depends_on_the_seed_and_its_number_alone(ldm_folder: Path) -> None:
+    diffusion = load_diffusion(str(ldm_folder), device="cpu")[1]
+    assert torch.equal(diffusion.noise(range(5), 1)[3:], diffusion.noise(range(3, 5), 1))
+    assert not torch.equal(diffusion.noise(range(1), 1), diffusion.noise(range(1), 2))
+
+
+def test_what_a_model_has_no_use_for_is_refused_in_one_line(ldm_folder: Path, dit_folder: Path, tmp_path: Path) -> None:
+    def refused(said: str, path: Any, **options: Any) -> None:
+        with pytest.raises(ProbekitError, match=said) as error:
+            load_diffusion(str(path), device="cpu", **options)
+        assert "\n" not in str(error.value)
+
+    refused("takes none", ldm_folder, prompt="a dog")
+    refused(r"--label 3: model .* has no classes", ldm_folder, label=3)
+    refused(r"--guidance 2: model .* has no classes", ldm_folder, guidance=2.0)
+    refused(r"--label 1000: model .* has classes 0 to 999", dit_folder, label=1000)
+    refused(r"needs a --label", dit_folder, guidance=2.0)
+    refused("makes no images from noise", "random")
+    refused("has no classes; give a --prompt", "mini-sd", label=1)
+    (ldm_folder / "scheduler" / "scheduler_config.json").unlink()
+    refused("is no latent diffusion model", ldm_folder)
+
+
+def test_what_overflows_in_half_precision_says_so(ldm_folder: Path) -> None:
+    diffusion = load_diffusion(str(ldm_folder), device="cpu")[1]
+    with pytest.raises(ProbekitError, match="not finite; use --dtype float32"):
+        diffusion.decode(torch.full((1, 3, 8, 8), float("nan")))
+
+
+def test_parts_that_do_not_fit_are_refused(ldm_folder: Path) -> None:
+    UNet2DModel.from_config(tiny(in_channels=4, out_channels=4).config).save_pretrained(ldm_folder / "unet")
+    with pytest.raises(ProbekitError, match="takes 4 and gives 4 channels, a grid has 3"):
+        load(ldm_folder, device="cpu")
