@@ -2,6 +2,7 @@
 
 config.json      every option, the seed, the package's version, the model's fingerprint
 units/*.parquet  the rows of each finished unit, written whole or not at all
+states/*.npy     tensors with a row a picture, filled block by block
 images/UNIT/     the pictures of a unit, in place before its rows are
 results.parquet  all rows of all units, once every unit is finished
 figures/, report.html
@@ -14,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,12 @@ from probekit import __version__
 from probekit.errors import ProbekitError
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     from torch import Tensor
+
+BLOCK = 64
+"""Rows of an array of states that are made and written at a time."""
 
 
 class Run:
@@ -73,6 +78,30 @@ class Run:
                 save_png(image, partial / f"{name}.png")
             partial.rename(final)
             write_whole(self.folder / "units" / f"{unit}.parquet", rows.to_parquet(index=False))
+
+    def states(
+        self, name: str, n: int, shape: Sequence[int], make: Callable[[range], Tensor], on_block: Callable[[int], None]
+    ) -> np.ndarray:
+        """A float32 array (n, *shape) in states/NAME.npy, not held in memory.
+
+        make: gives the rows of a block of `BLOCK`; blocks that an earlier run has finished are not made again.
+        on_block: told how many rows each block has, finished ones included.
+        """
+        import numpy as np
+
+        file, mark = self.folder / "states" / f"{name}.npy", self.folder / "states" / f"{name}.done"
+        with writing(self.folder):
+            file.parent.mkdir(exist_ok=True)
+            done = int(mark.read_text()) if mark.exists() and file.exists() else 0
+            array = np.lib.format.open_memmap(file, "r+" if done else "w+", np.float32, (n, *shape))
+            on_block(done)
+            for start in range(done, n, BLOCK):
+                rows = range(start, min(start + BLOCK, n))
+                array[rows.start : rows.stop] = make(rows).numpy()
+                array.flush()
+                write_whole(mark, str(rows.stop).encode())
+                on_block(len(rows))
+        return array
 
     def collect(self, units: Sequence[str]) -> pd.DataFrame:
         """All rows in the order of `units`; also written to results.parquet."""

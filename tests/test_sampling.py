@@ -174,7 +174,7 @@ def test_with_known_predictions_every_round_trip_is_exact(scheduler: Any, dtype:
         signal, noise = next(s for t, s in zip(schedule.timesteps, schedule.sources, strict=True) if t == timestep)
         return (fixed - noise * states) / signal
 
-    # float32 latents are rounded, which the way back magnifies by 1 / signal: 157 times with Ho et al.'s betas, 15 with Stable Diffusion's
+    # float32 latents are rounded, which the way back magnifies by 1 / signal: 157 times with Ho et al.'s betas
     steep = dtype == torch.float32 and schedule.level(0)[0] < 0.05 and schedule.prediction != "flow"
 
     def back(latents: Tensor) -> float:
@@ -306,7 +306,7 @@ def test_a_class_conditional_denoiser_is_guided_as_its_pipeline() -> None:
             sample_size=8,
             num_embeds_ada_norm=10,
             norm_num_groups=1,
-        )  # fmt: skip
+        )
     )
     x, labels = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 7])
     both = dit(torch.cat([x, x]), timestep=torch.full((4,), 400.0), class_labels=torch.tensor([3, 7, 10, 10])).sample[:, :4]

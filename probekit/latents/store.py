@@ -107,7 +107,7 @@ class LatentStore:
         """Latents as flat vectors. Raises ProbekitError for images that are not encoded and for damaged files."""
         numbers = np.asarray(indices, dtype=np.int64)
         flat = np.empty((len(numbers), math.prod(self.space.shape)), dtype=np.float32)
-        # a block at a time: zarr reads several at once, and where one is damaged it leaves the others' tasks to complain at exit
+        # block by block: zarr reads several at once, and where one is damaged it leaves the others' tasks to complain at exit
         blocks = numbers // BLOCK
         for block in np.unique(blocks).tolist():
             try:

@@ -102,13 +102,14 @@ def load_diffusion(
         raise ProbekitError(f"model {loaded.name!r}: a {loaded.family}, which makes no images from noise step by step")
     if prompt is not None:
         raise ProbekitError(f"--prompt {prompt!r}: model {loaded.name!r} takes none")
-    if label is not None or guidance != 1:
-        if _pipeline_class(_path(name_or_path)) != "DiTPipeline":
-            option = f"--guidance {guidance:g}" if label is None else f"--label {label}"
-            raise ProbekitError(f"{option}: model {loaded.name!r} has no classes")
-        loaded = _on(device, dtype, latent_diffusion.load_folder(name_or_path, name_or_path, label=label, guidance=guidance))
-        assert loaded.diffusion is not None
-    return loaded, loaded.diffusion
+    if label is None and guidance == 1:
+        return loaded, loaded.diffusion
+    if _pipeline_class(_path(name_or_path)) != "DiTPipeline":
+        option = f"--guidance {guidance:g}" if label is None else f"--label {label}"
+        raise ProbekitError(f"{option}: model {loaded.name!r} has no classes")
+    of_class = latent_diffusion.load_folder(name_or_path, name_or_path, label=label, guidance=guidance)
+    assert of_class.diffusion is not None
+    return _on(device, dtype, of_class), of_class.diffusion
 
 
 def load_text_to_image(name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto") -> TextToImage:

@@ -30,8 +30,8 @@ def model(
     inversion and of a sampling.
 
     - `inverted`: the latent of plain inversion, by DDIM or Euler's method; decoding samples from it.
-    - `noised`: signal * image + noise * epsilon at timestep `noised_at` (the last), epsilon from the generator; decoding samples
-      from there. Only at the last timestep has it a prior to sample from, N(0, 1).
+    - `noised`: signal * image + noise * epsilon at timestep `noised_at` (the last), epsilon from the generator; decoding
+      samples from there. Only at the last timestep has it a prior to sample from, N(0, 1).
     - `h`: h-space (Kwon et al. 2023), what the middle block gives for the image noised to timestep `h_at` (half the schedule).
       The noise is one for all images, drawn once with seed 0, so that images alone make the difference. It cannot be decoded.
 

@@ -1,4 +1,4 @@
-"""Latent diffusion (Rombach et al. 2022): a U-Net on a VQ-VAE's grid, as CompVis/ldm-celebahq-256, or a class-conditional DiT."""
+"""Latent diffusion (Rombach et al. 2022): a U-Net on a VQ-VAE's grid, as CompVis/ldm-celebahq-256, or a DiT with classes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ def ldm(vq: Any, unet: Any, scheduler: Any, name: str, *, steps: int = 50) -> Mo
     of_vq = vqvae.model(vq, name, config.sample_size * 2 ** (len(vq.config.block_out_channels) - 1))
     shape = of_vq.space("grid").shape
     if (config.in_channels, config.out_channels) != (shape[0], shape[0]):
-        raise ProbekitError(
-            f"model {name!r}: its U-Net takes {config.in_channels} and gives {config.out_channels} channels, a grid has {shape[0]}"
-        )
+        channels = f"takes {config.in_channels} and gives {config.out_channels} channels"
+        raise ProbekitError(f"model {name!r}: its U-Net {channels}, a grid has {shape[0]}")
     scale = vq.config.scaling_factor
     predict = denoisers.unconditional(unet)
     # the VQ-VAE in the U-Net's company counts for the fingerprint

@@ -14,6 +14,6 @@ from probekit.sampling.trajectory import (
 )
 
 __all__ = [
-    "Denoiser", "Diffusion", "Schedule", "Trajectory", "invert", "invert_coupled", "invert_fixed_point", "invert_renoised", "sample",
-    "sample_coupled",
+    "Denoiser", "Diffusion", "Schedule", "Trajectory", "invert", "invert_coupled", "invert_fixed_point", "invert_renoised",
+    "sample", "sample_coupled",
 ]  # fmt: skip

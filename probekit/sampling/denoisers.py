@@ -35,7 +35,10 @@ def class_conditional(dit: Any, labels: Int[Tensor, " n"], guidance: float = 1.0
         rows = torch.cat([states] * (len(classes) // len(labels))).to(dit.device, dit.dtype)
         times = torch.full((len(rows),), timestep, device=dit.device)
         out = dit(rows, timestep=times, class_labels=classes.to(dit.device)).sample[:, : states.shape[1]].to(states)
-        return guided(*out.chunk(2), guidance) if guidance != 1 else out
+        if guidance == 1:
+            return out
+        conditional, unconditional = out.chunk(2)
+        return guided(conditional, unconditional, guidance)
 
     return predict
 
@@ -45,7 +48,8 @@ def captioned(pipeline: Any, rows: Sequence[dict[str, Any]], guidance: float = 1
 
     rows: what the pipeline is called with, a dictionary a row (`TextToImage.row`). The pipeline is run for one step, and what
     it tells its network beside the state and the timestep is kept: embeddings, masks, sizes, positions. States are latents as
-    the network takes them, Flux's packed into tokens. options: more of the pipeline's. Where guidance is built into the network (Flux) it is `guidance`, too.
+    the network takes them, Flux's packed into tokens. Where guidance is built into the network (Flux) it is `guidance`, too.
+    options: more of the pipeline's.
     """
     network: Any = hooks.denoiser(pipeline)
     told: list[dict[str, Any]] = []
@@ -69,7 +73,10 @@ def captioned(pipeline: Any, rows: Sequence[dict[str, Any]], guidance: float = 1
         times = torch.full((len(batch),), timestep / 1000 if flux else timestep, device=network.device)
         out = network(**call | {state: batch, "timestep": times, "return_dict": False})[0]
         out = out[:, : states.shape[1]] if states.ndim == 4 else out
-        return guided(*reversed(out.to(states).chunk(2)), guidance) if branches == 2 else out.to(states)
+        if branches == 1:
+            return out.to(states)
+        unconditional, conditional = out.to(states).chunk(2)
+        return guided(conditional, unconditional, guidance)
 
     return predict
 

@@ -21,8 +21,8 @@ _BATCH = 50
 class Diffusion:
     """A diffusion or flow model between noise and images.
 
-    name: of the model. image_size: height and width of its images in pixels. shape: of a state, what noise is drawn in. scheduler: diffusers', with the model's noise levels.
-    denoiser: for a number of rows, what predicts for them.
+    name: of the model. image_size: height and width of its images in pixels. shape: of a state, what noise is drawn in.
+    scheduler: diffusers', with the model's noise levels. denoiser: for a number of rows, what predicts for them.
     encoder, decoder: images (n, 3, h, w) in [-1, 1] to noiseless states and back; a model of pixels has its images for states.
     tokens: the length of a state's token sequence, where the scheduler asks for it.
     """

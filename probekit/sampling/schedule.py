@@ -38,7 +38,7 @@ class Schedule:
         """The schedule that a diffusers scheduler means, in float64.
 
         Schedulers with betas (DDPM, DDIM, PNDM, Euler, DPM-Solver, …) give DDIM's with eta 0 (Song et al. 2021, equation 12):
-        the strides of `DDIMScheduler` with their config, without clipping. A `FlowMatchEulerDiscreteScheduler` gives its sigmas.
+        the strides of `DDIMScheduler` with their config, without clipping. `FlowMatchEulerDiscreteScheduler` gives its sigmas.
 
         start: a timestep, a whole number from 0, from where `steps` even strides lead to the image, instead of the noisiest.
         tokens: the length of the image's token sequence, which schedulers with dynamic shifting (Flux) need.

@@ -131,12 +131,12 @@ def vae_loss(network: Any, images: Images, generator: torch.Generator) -> tuple[
 
 
 def build_vqvae() -> nn.Module:
-    """A VQModel with two downsamplings, 3x8x8 codes from a book of 256."""
+    """A VQModel with two downsamplings, 3x8x8 codes from a book of 2,048: 11 bits for each 4x4 patch."""
     from diffusers import VQModel
 
     made = VQModel(
         block_out_channels=(32, 64, 64), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1, latent_channels=3, num_vq_embeddings=256, norm_num_groups=8, sample_size=IMAGE_SIZE,
+        layers_per_block=1, latent_channels=3, num_vq_embeddings=2048, norm_num_groups=8, sample_size=IMAGE_SIZE,
         mid_block_add_attention=False,
     )  # fmt: skip
     # diffusers starts the codes within 1/256 of each other, where nearly all are never chosen

@@ -60,7 +60,7 @@ def _avatar_recipe(name: str) -> Recipe:
 
 _AVATARS = {
     "avatar-vae": "VAE of 32x32 avatars in DiffuseVAE's architecture, a code of 128",
-    "avatar-vqvae": "VQModel of avatars: a grid of 3x8x8, 256 codes",
+    "avatar-vqvae": "VQModel of avatars: a grid of 3x8x8, 2,048 codes",
     "avatar-gan": "StyleGAN2 of avatars: z and w of 64",
     "avatar-flow": "Glow of avatars: three levels of eight flows, affine couplings; and its weights along the training",
     "avatar-ddpm": "DDPM of avatars: UNet2DModel, linear schedule of 1,000 steps, sampled by DDIM",

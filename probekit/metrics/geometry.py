@@ -1,0 +1,259 @@
+"""Where a diffusion model's noise, its inverted latent and its sample lie: the measures of Hidden Relations.
+
+Rows correspond everywhere: row i of noise, latent and sample are of one picture. A pixel is one value of one channel. Every
+std is that of the values named, over their number less one, and NaN of one value; nothing here is random.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from probekit.errors import ProbekitError
+
+Rows = Float[Tensor, "n ..."] | Float[np.ndarray, "n ..."]
+
+_ROWS = 256  # rows that are held in float64 at a time
+_COLUMNS = 1024  # pixels whose correlations with all others are held at a time
+
+
+def top_correlations(x: Float[Tensor, "n c h w"], k: int = 10, patch: int | None = None) -> tuple[float, float]:
+    """Mean and std of the k largest |Pearson r| over all pairs of the c * h * w pixels across the n samples, in [0, 1].
+
+    patch: the k largest within each patch x patch block of the picture, its c * patch * patch pixels together, all blocks'
+    pooled (the later code of the paper has patch 8 and k 20). It falls with n: hold it against `noise_correlation`, with
+    d = c * h * w or c * patch * patch, at the same n and k. A pixel that never changes has no correlation and is left out;
+    where that leaves fewer than k pairs these count, and none give (nan, nan). Source: Hidden Relations, table 1. Raises
+    ProbekitError for other than (n, c, h, w) with n >= 3 and all finite, a patch that does not divide the sides, and a k
+    outside 1 … the number of pairs.
+    """
+    if x.ndim != 4 or len(x) < 3:
+        raise ProbekitError(f"x of shape {tuple(x.shape)}: (n, c, h, w) with at least 3 samples")
+    c, h, w = x.shape[1:]
+    if patch is not None and (patch < 1 or h % patch or w % patch):
+        raise ProbekitError(f"patch {patch}: must divide both sides of {h}x{w}")
+    high, wide = (h, w) if patch is None else (patch, patch)
+    _check_pairs(c * high * wide, k)
+    tops = [
+        _largest(_double(x[:, :, i : i + high, j : j + wide]), k, x.dtype) for i in range(0, h, high) for j in range(0, w, wide)
+    ]
+    return _mean_and_std(torch.cat(tops).double())
+
+
+def noise_correlation(n: int, d: int, k: int = 10) -> float:
+    """What white noise gives for the mean of `top_correlations`: n samples of d pixels, the k largest |r|.
+
+    It depends on n: at d = 192 and k = 20, 0.43 for 64 samples, 0.22 for 256, 0.078 for 2048. r² of two independent normal
+    pixels is Beta(1/2, (n - 2) / 2) distributed, and the chance of exceeding the i-th largest of m independent values is
+    Beta(i, m - i + 1); the m = d (d - 1) / 2 pairs, only pairwise independent, are taken as such. Raises ProbekitError for
+    n < 3, and a k outside 1 … m.
+    """
+    from scipy.special import betainccinv, betaincinv
+
+    if n < 3:
+        raise ProbekitError(f"n {n}: a correlation says something from 3 samples on")
+    m = _check_pairs(d, k)
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    rank = np.arange(1, k + 1)[:, None]
+    exceeding = betaincinv(rank, m - rank + 1, (nodes + 1) / 2)
+    return float((np.sqrt(betainccinv(0.5, (n - 2) / 2, exceeding)) @ weights).mean() / 2)
+
+
+def angles(
+    noise: Float[Tensor, "n ..."], latent: Float[Tensor, "n ..."], sample: Float[Tensor, "n ..."]
+) -> dict[str, tuple[float, float]]:
+    """The angles of each row's triangle of three points, in degrees: corner ("noise", "latent", "sample") to (mean, std).
+
+    Mean and std of the rows' angles; the paper's code takes the arccos of the mean cosine, and of a std. A row with two equal
+    corners has no angles and is left out; (nan, nan) where all are. Raises ProbekitError for other than three equal shapes
+    with at least one row, all finite.
+    """
+    _check_corners(noise, latent, sample)
+    seen = []
+    for block in zip(*(torch.split(corner, _ROWS) for corner in (noise, latent, sample)), strict=True):
+        n, z, s = map(_double, block)
+        nz, ns, zs = (edge / edge.norm(dim=1, keepdim=True) for edge in (z - n, s - n, s - z))
+        seen.append(torch.stack([_angle(nz, ns), _angle(-nz, zs), _angle(ns, zs)], 1))
+    found = torch.cat(seen)
+    found = found[~found.isnan().any(1)]
+    return dict(zip(("noise", "latent", "sample"), map(_mean_and_std, found.unbind(1)), strict=True))
+
+
+def distances(
+    noise: Float[Tensor, "n ..."], latent: Float[Tensor, "n ..."], sample: Float[Tensor, "n ..."]
+) -> dict[str, tuple[float, float]]:
+    """The rows' L2 distances: "noise-latent", "latent-sample" and "noise-sample", each to (mean, std).
+
+    Raises ProbekitError as `angles`.
+    """
+    _check_corners(noise, latent, sample)
+    pairs = {"noise-latent": (noise, latent), "latent-sample": (latent, sample), "noise-sample": (noise, sample)}
+    found = {}
+    for name, both in pairs.items():
+        blocks = zip(*(torch.split(corner, _ROWS) for corner in both), strict=True)
+        found[name] = _mean_and_std(torch.cat([(_double(p) - _double(q)).norm(dim=1) for p, q in blocks]))
+    return found
+
+
+def interpolation_distances(
+    states: Float[Tensor, "s n ..."], noise: Float[Tensor, "n ..."], latent: Float[Tensor, "n ..."], points: int = 25
+) -> Float[Tensor, "s points"]:
+    """How far each state of a trajectory is from points of the way from noise to latent; float64, on the CPU.
+
+    D[i, j] = mean over rows of |x_i - (a_j latent + (1 - a_j) noise)|, a_j = linspace(0, 1, points). Source: Hidden
+    Relations, figure 5. Raises ProbekitError for shapes that do not go together, values that are not finite, and fewer than
+    2 points.
+    """
+    if noise.ndim < 2 or len(noise) == 0 or latent.shape != noise.shape or states.shape[1:] != noise.shape:
+        shapes = f"{tuple(states.shape)}, {tuple(noise.shape)} and {tuple(latent.shape)}"
+        raise ProbekitError(f"states, noise and latent of shapes {shapes}: (s, n, ...), (n, ...) and (n, ...), n at least 1")
+    if points < 2:
+        raise ProbekitError(f"points {points}: at least 2, the two ends")
+    a = torch.linspace(0, 1, points, dtype=torch.float64)
+    total = torch.zeros(len(states), points, dtype=torch.float64)
+    for start in range(0, len(noise), _ROWS):
+        rows = slice(start, start + _ROWS)
+        origin = _double(noise[rows])
+        way = _double(latent[rows]) - origin
+        for i, state in enumerate(states):
+            gone = _double(state[rows]) - origin
+            # |gone - a way|², exactly 0 where a state is the noise or the latent
+            square, along, whole = ((p * q).sum(1, keepdim=True) for p, q in ((gone, gone), (gone, way), (way, way)))
+            total[i] += (square - 2 * a * along + a.square() * whole).clamp(min=0).sqrt().sum(0)
+    return total / len(noise)
+
+
+def nearest(queries: Rows, candidates: Rows, *, block: int = 2048, device: str | torch.device = "cpu") -> Int[Tensor, "n"]:
+    """The number of each query's L2-nearest candidate among all m, (n,) on the CPU; the first of equal candidates.
+
+    Tensors or arrays (n, ...) and (m, ...) with rows of one shape, flattened; memory maps and half precision too, as only
+    `block` rows of each are converted at a time. In float64 where both are, else in float32: candidates that are equally
+    near to its rounding may stand for each other. Raises ProbekitError for rows that cannot be compared, values that are not
+    finite, and a block below 1.
+    """
+    if min(queries.ndim, candidates.ndim) < 2 or queries.shape[1:] != candidates.shape[1:] or len(candidates) == 0:
+        shapes = f"{tuple(queries.shape)} and {tuple(candidates.shape)}"
+        raise ProbekitError(f"queries and candidates of shapes {shapes}: rows of one shape, at least 1 candidate")
+    if block < 1:
+        raise ProbekitError(f"block {block}: at least 1 row")
+    kind = torch.float64 if queries.dtype.itemsize == candidates.dtype.itemsize == 8 else torch.float32
+    starts = range(0, len(candidates), block)
+    # The candidates' mean as origin: the squares of the expansion |c|² - 2 q.c are then no larger than they must be
+    origin = torch.zeros(1, dtype=kind, device=device)
+    for start in starts:
+        origin = origin + _block(candidates, start, block, kind, device).sum(0) / len(candidates)
+    found = torch.empty(len(queries), dtype=torch.int64)
+    for first in range(0, len(queries), block):
+        q = _block(queries, first, block, kind, device) - origin
+        best = torch.full((len(q),), math.inf, dtype=kind, device=device)
+        number = torch.zeros(len(q), dtype=torch.int64, device=device)
+        for start in starts:
+            c = _block(candidates, start, block, kind, device) - origin
+            distance = torch.addmm(c.square().sum(1), q, c.T, alpha=-2)
+            if not distance.isfinite().all():
+                raise ProbekitError("queries or candidates: some are not finite")
+            least, index = distance.min(1)
+            closer = least < best
+            best = torch.where(closer, least, best)
+            number = torch.where(closer, index + start, number)
+        found[first : first + len(q)] = number.cpu()
+    return found
+
+
+def matching_accuracy(
+    queries: Rows, candidates: Rows, splits: int = 8, *, block: int = 2048, device: str | torch.device = "cpu"
+) -> tuple[float, float]:
+    """The share of queries whose nearest of all n candidates is that of their own row: mean and std over splits, in [0, 1].
+
+    splits: that many disjoint runs of queries, equal to within a row; the candidates are not split. Candidates that have
+    nothing to do with the queries give 1 / n. One answer a row is `nearest(queries, candidates) == torch.arange(n)`.
+    Source: Hidden Relations, "Noise-to-Sample mapping" (noise to sample, and back). Raises ProbekitError as `nearest`, and
+    for other than as many candidates as queries, or splits outside 1 … n.
+    """
+    n = len(queries)
+    if n != len(candidates):
+        raise ProbekitError(f"{n} queries and {len(candidates)} candidates: rows correspond, so as many of both")
+    if not 1 <= splits <= n:
+        raise ProbekitError(f"splits {splits}: 1 to {n}, the number of queries")
+    hits = (nearest(queries, candidates, block=block, device=device) == torch.arange(n)).double()
+    return _mean_and_std(torch.stack([part.mean() for part in hits.tensor_split(splits)]))
+
+
+def plain_and_textured(
+    error: Float[Tensor, "n c h w"], images: Float[Tensor, "n 3 h w"], threshold: float = 0.1
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Each picture's mean |error| over its plain and over its textured pixels: (plain, textured), on the error's device.
+
+    A pixel is plain where no channel of the image varies by `threshold` or more (largest less smallest value) within the
+    3x3 pixels around it; 0.1 is 0.05 of the range of [-1, 1]. All channels of the error count there. NaN where a picture has no
+    pixel of a kind. Raises ProbekitError for an error and images of other n, h or w.
+    """
+    if error.ndim != 4 or images.ndim != 4 or len(error) != len(images) or error.shape[2:] != images.shape[2:]:
+        shapes = f"{tuple(error.shape)} and {tuple(images.shape)}"
+        raise ProbekitError(f"error and images of shapes {shapes}: (n, c, h, w) and (n, 3, h, w)")
+    images = images.float()
+    highest, lowest = (sign * torch.nn.functional.max_pool2d(sign * images, 3, stride=1, padding=1) for sign in (1, -1))
+    plain = ((highest - lowest).amax(1) < threshold).to(error.device)
+    size = error.float().abs().mean(1)
+    # 0 / 0 is the NaN that is promised
+    inside, outside = (size.where(kind, 0).sum((1, 2)) / kind.sum((1, 2)) for kind in (plain, ~plain))
+    return inside, outside
+
+
+def _mean_and_std(values: Float[Tensor, " n"]) -> tuple[float, float]:
+    if len(values) == 0:
+        return math.nan, math.nan
+    return float(values.mean()), float(values.std()) if len(values) > 1 else math.nan
+
+
+def _double(rows: Float[Tensor, "n ..."]) -> Float[Tensor, "n d"]:
+    """Rows, flattened; on the CPU, as not every device has float64."""
+    rows = rows.detach().cpu().double().flatten(1)
+    if not rows.isfinite().all():
+        raise ProbekitError("noise, latents or samples: some values are not finite")
+    return rows
+
+
+def _check_corners(noise: Tensor, latent: Tensor, sample: Tensor) -> None:
+    if noise.ndim < 2 or len(noise) == 0 or not noise.shape == latent.shape == sample.shape:
+        shapes = ", ".join(str(tuple(corner.shape)) for corner in (noise, latent, sample))
+        raise ProbekitError(f"noise, latent and sample of shapes {shapes}: (n, ...) all, n at least 1")
+
+
+def _check_pairs(d: int, k: int) -> int:
+    """The number of pairs of d pixels."""
+    pairs = d * (d - 1) // 2
+    if not 1 <= k <= pairs:
+        raise ProbekitError(f"k {k}: {d} pixels make {pairs} pairs; k is 1 to that many")
+    return pairs
+
+
+def _largest(x: Float[Tensor, "n d"], k: int, kind: torch.dtype) -> Float[Tensor, " k"]:
+    """The k largest |r| of the columns' pairs, in float32 for anything but float64."""
+    x = x[:, x.amax(0) > x.amin(0)]  # a constant's deviation from its rounded mean need not be 0
+    x -= x.mean(0)
+    x = x.div_(x.norm(dim=0)).to(kind if kind == torch.float64 else torch.float32)
+    top = x.new_empty(0)
+    for start in range(0, x.shape[1], _COLUMNS):
+        r = (x[:, start : start + _COLUMNS].T @ x[:, start:]).abs_()
+        r.masked_fill_(torch.ones_like(r, dtype=torch.bool).tril_(), -1)  # each pair once, no pixel with itself
+        top = torch.cat([top, r.flatten().topk(min(k, r.numel())).values])
+        top = top.topk(min(k, len(top))).values
+    return top[top >= 0].clamp(max=1)
+
+
+def _angle(u: Float[Tensor, "n d"], v: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """The angle of unit vectors, in degrees; Kahan's form, exact at 0 and 180 where the arccos of a cosine is not."""
+    return torch.rad2deg(2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1)))
+
+
+def _block(rows: Rows, start: int, size: int, kind: torch.dtype, device: str | torch.device) -> Float[Tensor, "b d"]:
+    """A block of rows, flattened."""
+    part = rows[start : start + size]
+    if isinstance(part, np.ndarray):
+        part = torch.from_numpy(np.array(part))  # a copy: torch warns of memory maps that cannot be written
+    return part.detach().to(device, kind).flatten(1)
