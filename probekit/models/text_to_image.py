@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -141,6 +142,7 @@ class TextToImage:
                 states = self.pipeline._unpack_latents(states, size, size, self.pipeline.vae_scale_factor)
             return vae.decode(states / scale + shift, return_dict=False)[0]
 
+        @functools.cache
         def predict(rows: int) -> Denoiser:
             return denoisers.captioned(self.pipeline, [self.row(prompt, 0)] * rows, guidance, **options)
 

@@ -48,7 +48,9 @@ def _pair(states: Tensor) -> Tensor:
 
 INVERSIONS: dict[str, Inversion] = {
     "plain": Inversion(
-        "the sampling steps backwards (Dhariwal and Nichol 2021)", lambda d, x, s, g: invert(d, x, s), lambda d, z, s: sample(d, z, s)
+        "the sampling steps backwards (Dhariwal and Nichol 2021)",
+        lambda d, x, s, g: invert(d, x, s),
+        lambda d, z, s: sample(d, z, s),
     ),
     "fixed-point": Inversion(
         "each step solved for where it started (Pan et al. 2023)",

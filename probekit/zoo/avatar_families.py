@@ -145,8 +145,8 @@ def build_vqvae() -> nn.Module:
 
 
 def vqvae_loss(network: Any, images: Images, generator: torch.Generator) -> tuple[Tensor, Numbers]:
-    """`vqvae.loss`, in the network's precision; rewarding use of the codebook quadruples it (0.10 to 0.42 after 200 steps)."""
-    return vqvae.loss(network, images.to(network.dtype), generator, spread=0.02)
+    """`vqvae.loss`, in the network's precision."""
+    return vqvae.loss(network, images.to(network.dtype), generator)
 
 
 # --- GAN ---------------------------------------------------------------------------------------------------------------
