@@ -1,4 +1,7 @@
-"""Dynamics: how early in a training a model's latent space stands (All Roads, section 4.3)."""
+"""Dynamics: how early in a training a model's latent space, or what it makes of noise, stands.
+
+`flow` is All Roads, section 4.3; `diffusion` is Hidden Relations, figure 6, right.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from probekit.experiments.denoising import MODEL, BatchSize, Denoising
 from probekit.experiments.places import Codes, Data, Device, Out, Place, Seed, Train, encode_all, image_sets, progress
 
 from probekit.errors import ProbekitError
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
+    from torch import Tensor
 
     from probekit.runs import Run
 
 app = typer.Typer(help="How latent spaces form while a model is trained.", no_args_is_help=True)
+
+Training = Annotated[str, typer.Option("--model", help="A bundled model, or a folder with step-<n> folders or files in it.")]
+
+EXAMPLES = 8
+"""Noises whose pictures are kept as pictures."""
+NEIGHBOURS = 50
+"""The paper's, of 2,048 samples; of n samples at most n // 10."""
 
 
 @app.callback()
@@ -27,9 +40,7 @@ def root() -> None:
 
 @app.command()
 def flow(
-    model: Annotated[
-        str, typer.Option(help="A bundled model, or a folder with step-<n> folders or files in it.")
-    ] = "avatar-flow",
+    model: Training = "avatar-flow",
     space: Annotated[str | None, typer.Option(help="Which of its spaces. [default: its first]")] = None,
     data: Data = "avatars",
     train: Train = 9000,
@@ -57,6 +68,31 @@ def flow(
     show(folder, opened.config | {"command": sys.argv}, rows)
 
 
+@app.command()
+def diffusion(
+    model: Training = MODEL,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 100,
+    n: Annotated[int, typer.Option(min=16, help="How many noises, the same for every checkpoint.")] = 512,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """Sample the same noises with every checkpoint of a training, and see when they become what they are at its end."""
+    from probekit.runs import Run, default_folder
+
+    places = checkpoints(model, None, device)
+    denoisings = sampling_checkpoints(model, places, steps, batch_size)
+    options: dict[str, Any] = {
+        "model": model, "checkpoints": {str(step): p.model.digest for step, p in places.items()}, "steps": steps, "n": n,
+        "neighbours": min(NEIGHBOURS, n // 10), "seed": seed,
+    }  # fmt: skip
+    folder = out or default_folder("dynamics-diffusion", Path(model).name, options)
+    opened = Run(folder, "dynamics-diffusion", options, sys.argv)
+    rows = sample_checkpoints(opened, denoisings)
+    show_diffusion(folder, opened.config | {"command": sys.argv}, rows)
+
+
 def checkpoints(model: str, space: str | None, device: str) -> dict[int, Place]:
     """The checkpoints of a training by their number of steps, the finished model, where there is one, as the last.
 
@@ -66,11 +102,13 @@ def checkpoints(model: str, space: str | None, device: str) -> dict[int, Place]:
     from probekit.zoo import MODELS, weights
 
     folder = weights(model) if model in MODELS else Path(model).expanduser()
-    found = {int(match[1]): path for path in folder.glob("step-*") if (match := re.match(r"step-(\d+)", path.name))}
+    paths = sorted(folder.glob("step-*"))  # the same order everywhere
+    found = {int(match[1]): path for path in paths if (match := re.match(r"step-(\d+)", path.name))}
     places: dict[int, Place] = {}
     for step, path in sorted(found.items()):
         loaded = load(path, device=device)
-        assert isinstance(loaded, Model)
+        if not isinstance(loaded, Model):
+            raise ProbekitError(f"--model {model!r}: {path.name} is a text-to-image pipeline, which has no latent spaces yet")
         places[step] = Place(f"step {step}", loaded, loaded.space(space))
     if model in MODELS and found:
         from probekit.zoo.avatar_families import FAMILIES
@@ -113,6 +151,145 @@ def probe_checkpoints(opened: Run, places: dict[int, Place], codes: Codes) -> pd
     return opened.collect([f"step-{step:09d}" for step in places])
 
 
+def sampling_checkpoints(model: str, places: dict[int, Place], steps: int, batch_size: int) -> dict[int, Denoising]:
+    """What samples from every checkpoint.
+
+    Raises ProbekitError where one is no diffusion model, has fewer timesteps than `steps`, or has other shapes than the last.
+    """
+    denoisings: dict[int, Denoising] = {}
+    for step, place in places.items():
+        if place.model.diffusion is None:
+            raise ProbekitError(
+                f"--model {model!r}: {place.name} is a {place.model.family}, which makes no images from noise step by step"
+            )
+        place.model.diffusion.schedule(steps)  # refuses too many
+        denoisings[step] = Denoising(place.model.diffusion, {}, batch_size)
+    shapes = {step: (*d.diffusion.shape, d.diffusion.image_size) for step, d in denoisings.items()}
+    *_, last = shapes
+    if other := [step for step in shapes if shapes[step] != shapes[last]]:
+        said = ", ".join(
+            f"{places[s].name} has states {'x'.join(map(str, shapes[s][:-1]))} and images of {shapes[s][-1]} pixels"
+            for s in (other[0], last)
+        )
+        raise ProbekitError(f"--model {model!r}: its checkpoints make no series ({said})")
+    return denoisings
+
+
+def sample_checkpoints(opened: Run, denoisings: dict[int, Denoising]) -> pd.DataFrame:
+    """The measures of every checkpoint that is not finished; then all rows.
+
+    The last one is sampled first, as all are compared with it. Samples are kept in states/step-<n>.npy.
+    """
+    import torch
+
+    from probekit.sampling import sample
+
+    n, seed, steps, k = (opened.config["options"][name] for name in ("n", "seed", "steps", "neighbours"))
+    *_, last = denoisings
+    units = {step: f"step-{step:09d}" for step in denoisings}
+    waiting = [step for step in denoisings if not opened.finished(units[step])]
+    needed = {last, *waiting} if waiting else set()
+    with progress("sampling", len(denoisings) * n, done=(len(denoisings) - len(needed)) * n) as advance:
+
+        def sampled(step: int) -> tuple[Tensor, Tensor]:
+            denoising, schedule = denoisings[step], denoisings[step].diffusion.schedule(steps)
+
+            def make(rows: range) -> Tensor:
+                noises = denoising.diffusion.noise(rows, seed)
+                return denoising.walk(noises, lambda denoiser, part: sample(denoiser, part, schedule).end)
+
+            states = torch.from_numpy(opened.states(units[step], n, denoising.diffusion.shape, make, advance))
+            return states, denoising.diffusion.decode(states)
+
+        if waiting:
+            noise, final = denoisings[last].diffusion.noise(range(n), seed), sampled(last)
+        for step in waiting:
+            states, pictures = final if step == last else sampled(step)
+            rows = mapping(noise, states) + alike(states, final[0], k) + alike_pictures(pictures, final[1], seed)
+            opened.write(units[step], _table(step, rows), {str(i): pictures[i] for i in range(EXAMPLES)})
+    return opened.collect(list(units.values()))
+
+
+Measured = tuple[str, float, float, float, float, int]
+"""A measure's name, value, low and high end of its 95% interval, what it is by chance, and of how many samples."""
+
+
+def mapping(noise: Tensor, states: Tensor) -> list[Measured]:
+    """The percent of samples whose L2-nearest noise is their own, and the other way round, with Wilson intervals."""
+    import torch
+
+    from probekit.metrics.distributions import share_interval
+    from probekit.metrics.geometry import nearest
+
+    n, found = len(noise), []
+    for name, queries, candidates in (("sample to noise", states, noise), ("noise to sample", noise, states)):
+        hits = int((nearest(queries, candidates) == torch.arange(n)).sum())
+        low, high = share_interval(hits, n)
+        found.append((name, 100 * hits / n, 100 * low, 100 * high, 100 / n, n))
+    return found
+
+
+def alike(states: Tensor, final: Tensor, k: int) -> list[Measured]:
+    """How alike the samples of a checkpoint and the last one's lie as sets, whatever a rotation: CKA, SVCCA, k-NN overlap.
+
+    They have no intervals: drawn again, a sample would be its own neighbour.
+    """
+    from probekit.metrics.similarity import cka, mutual_knn, svcca
+
+    n, nan = len(states), float("nan")
+    x, y = states.flatten(1), final.flatten(1)
+    value, by_chance = svcca(x, y)
+    return [
+        ("CKA", cka(x, y), nan, nan, 0.0, n),
+        ("SVCCA", value, nan, nan, by_chance, n),
+        ("k-NN overlap", mutual_knn(x, y, k), nan, nan, k / (n - 1), n),
+    ]
+
+
+def alike_pictures(pictures: Tensor, final: Tensor, seed: int) -> list[Measured]:
+    """SSIM, PSNR (dB) and L2 of each picture and the last checkpoint's from the same noise: means with bootstrap intervals.
+
+    Equal pictures have no PSNR and are left out of its mean, which is NaN where all are. By chance: of the last checkpoint's
+    picture from the next noise.
+    """
+    import numpy as np
+
+    from probekit.metrics.distributions import bootstrap
+
+    same, other = picture_measures(pictures, final), picture_measures(pictures, final.roll(-1, 0))
+    found = []
+    for name, values in same.items():
+        values, others = (v[~np.isnan(v)] for v in (values, other[name]))
+        interval = bootstrap(values, seed=seed) if len(values) else (float("nan"),) * 3
+        found.append((name, *interval, float(others.mean()) if len(others) else float("nan"), len(values)))
+    return found
+
+
+def picture_measures(a: Tensor, b: Tensor) -> dict[str, np.ndarray]:
+    """Of every picture (3, h, w) in [-1, 1] and its counterpart: SSIM in [-1, 1], PSNR in dB, L2 of all its values.
+
+    SSIM has 7x7 windows in each channel (Wang et al. 2004, by scikit-image); PSNR is 10 log10(2² / mean squared error), NaN of
+    equal pictures.
+    """
+    import numpy as np
+    from skimage.metrics import structural_similarity
+
+    pairs = zip(a.numpy(), b.numpy(), strict=True)
+    ssim = np.array([structural_similarity(p, q, data_range=2.0, channel_axis=0) for p, q in pairs], dtype=np.float64)
+    square = (a.double() - b.double()).square().flatten(1)
+    error = square.mean(1).numpy()
+    psnr = 10 * np.log10(4 / np.where(error > 0, error, np.nan))
+    return {"SSIM": ssim, "PSNR": psnr, "L2": square.sum(1).sqrt().numpy()}
+
+
+def _table(step: int, rows: list[Measured]) -> pd.DataFrame:
+    import pandas as pd
+
+    table = pd.DataFrame(rows, columns=["measure", "value", "low", "high", "chance", "n"])
+    table.insert(0, "step", step)
+    return table[["step", "measure", "value", "low", "high", "n", "chance"]]
+
+
 def show(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> None:
     """Write the report of a finished run and print its result."""
     from probekit.report.dynamics import print_plateaus, write_report
@@ -122,3 +299,14 @@ def show(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> None:
         report = write_report(folder, config, rows)
     print_plateaus(rows)
     typer.echo(f"\nreport: {report}")
+
+
+def show_diffusion(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> None:
+    """Write the report of a finished run of `diffusion` and print its result."""
+    from probekit.report.dynamics_diffusion import headline, print_standings, write_report
+    from probekit.runs import writing
+
+    with writing(folder):
+        report = write_report(folder, config, rows)
+    print_standings(rows)
+    typer.echo(f"\n{headline(rows)}\n\nreport: {report}")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from probekit import ProbekitError, __version__
-from probekit.experiments import dynamics, edit, inject, latents, probe, stitch
+from probekit.experiments import dynamics, edit, inject, invert, latents, noise_map, probe, stitch
 
 app = typer.Typer(
     help="Find out where generative image models keep what they know about an image.",
@@ -23,7 +23,9 @@ app.add_typer(inject.app, name="inject")
 app.add_typer(stitch.app, name="stitch")
 app.add_typer(probe.app, name="probe")
 app.add_typer(dynamics.app, name="dynamics")
+app.add_typer(invert.app, name="invert")
 app.add_typer(latents.app, name="latents")
+app.add_typer(noise_map.app, name="noise-map")
 app.add_typer(zoo, name="zoo")
 
 
@@ -71,7 +73,9 @@ def describe(run: Annotated[Path, typer.Argument(help="The folder of a finished 
     config, rows = open_run(run)
     shows = {
         "inject-sweep": inject.show, "stitch-run": stitch.show, "probe-run": probe.show, "dynamics-flow": dynamics.show,
-        "stitch-edit": edit.show,
+        "stitch-edit": edit.show, "invert-run": invert.show, "invert-trajectory": invert.show_trajectory,
+        "invert-interpolate": invert.show_interpolation, "noise-map-run": noise_map.show,
+        "dynamics-diffusion": dynamics.show_diffusion,
     }  # fmt: skip
     if config["experiment"] not in shows:
         raise ProbekitError(f"run {str(run)!r}: of an unknown experiment {config['experiment']!r}")

@@ -47,7 +47,7 @@ def load(name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto")
     if name in MODELS:
         if not weights(name).is_dir():
             raise ProbekitError(f"model {name!r}: is not trained yet; probekit zoo train {name}")
-        return _on(device, dtype, _load_folder(weights(name), name))
+        path = weights(name)
     if path.is_file():
         return _on(device, dtype, _load_file(path, name))
     if not path.is_dir() and (path.exists() or path.suffix in _SUFFIXES or not re.fullmatch(_HUB_ID, name)):
@@ -154,8 +154,6 @@ def _load_folder(folder: Path, name: str) -> Model:
     own = folder / "model.safetensors"
     if own.is_file() and (saved := _metadata(own, name)).get("family"):
         return _own(saved, checkpoint.read(own), name)
-    if (folder / "model_index.json").is_file():  # a bundled one
-        return ddpm.load_folder(folder, name)
     try:
         kind = str(json.loads((folder / "config.json").read_bytes()).get("_class_name"))
     except (OSError, ValueError, AttributeError, RecursionError) as error:

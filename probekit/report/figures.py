@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,20 @@ def save_figure(figure: Figure, path: Path) -> str:
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     svg = path.with_suffix(".svg").read_text()
     return svg[svg.index("<svg") :]
+
+
+def data_url(path: Path) -> str:
+    """A picture inside the page: pictures above 192 pixels are made smaller, as JPEG."""
+    from PIL import Image
+
+    content, kind = path.read_bytes(), "png"
+    picture = Image.open(io.BytesIO(content))
+    if max(picture.size) > 192:
+        picture.thumbnail((192, 192))
+        buffer, kind = io.BytesIO(), "jpeg"
+        picture.save(buffer, "JPEG", quality=88)
+        content = buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def command_line(command: list[str]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from probekit.metrics.roles import EVERYTHING, NO_ROLE, roles, summarise
-from probekit.report.figures import command_line, render, save_figure, style
+from probekit.report.figures import command_line, data_url, render, save_figure, style
 from probekit.runs import write_whole
 
 if TYPE_CHECKING:
@@ -217,16 +215,7 @@ def _table(findings: Findings, descriptors: list[str]) -> list[dict[str, Any]]:
 
 
 def _data_uri(folder: Path, pair: dict[str, Any], name: str) -> str:
-    """A picture for the page: pictures above 192 pixels are made smaller, as JPEG."""
-    path = folder / "images" / pair["name"] / f"{name.replace('%', 'pct')}.png"
-    content, kind = path.read_bytes(), "png"
-    picture = Image.open(io.BytesIO(content))
-    if max(picture.size) > 192:
-        picture.thumbnail((192, 192))
-        buffer, kind = io.BytesIO(), "jpeg"
-        picture.save(buffer, "JPEG", quality=88)
-        content = buffer.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return data_url(folder / "images" / pair["name"] / f"{name.replace('%', 'pct')}.png")
 
 
 # --- figures -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import NamedTuple
 PIPELINES = ("mini-sd",)
 """Bundled text-to-image pipelines."""
 
-MODELS = ("avatar-vae", "avatar-vqvae", "avatar-gan", "avatar-flow", "avatar-ddpm")
+MODELS = ("avatar-vae", "avatar-vqvae", "avatar-gan", "avatar-flow", "avatar-ddpm", "mini-flow", "avatar-ldm")
 """Bundled models with latent spaces."""
 
 WEIGHTS = Path(__file__).parent / "weights"

@@ -1,7 +1,8 @@
-"""The five families of All Roads Lead to Rome on avatars: a VAE, a VQ-VAE, a GAN, a flow and a diffusion model."""
+"""Generative models of avatars: the five families of All Roads Lead to Rome, rectified flow, and latent diffusion."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,6 +236,44 @@ def ddpm_loss(network: Any, images: Images, generator: torch.Generator) -> tuple
     return ddpm.loss(network, images, generator, ddpm_scheduler())
 
 
+def rectified_flow_loss(network: Any, images: Images, generator: torch.Generator) -> tuple[Tensor, Numbers]:
+    """Mean squared error of the velocity from image to noise at uniformly drawn times (Liu et al. 2023, equation 1)."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from probekit.models import ddpm
+
+    return ddpm.loss(network, images, generator, FlowMatchEulerDiscreteScheduler())
+
+
+def build_ldm() -> nn.Module:
+    """A UNet2DModel on the grid of avatar-vqvae, 3x8x8, with attention throughout."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=IMAGE_SIZE // 4, block_out_channels=(64, 96), layers_per_block=2, norm_num_groups=8, attention_head_dim=16,
+        down_block_types=("AttnDownBlock2D",) * 2, up_block_types=("AttnUpBlock2D",) * 2,
+    )  # fmt: skip
+
+
+@functools.cache
+def _vqvae() -> Any:
+    from diffusers import VQModel
+
+    from probekit.models import hub
+
+    return hub.load_part(VQModel, str(weights("avatar-vqvae")), None, "avatar-vqvae")
+
+
+@torch.no_grad()
+def _scaled_grid(images: Images) -> Tensor:
+    return _vqvae().encode(images).latents * _vqvae().config.scaling_factor
+
+
+def ldm_loss(network: Any, images: Images, generator: torch.Generator) -> tuple[Tensor, Numbers]:
+    """`ddpm_loss` on the grid of the trained VQ-VAE, scaled to a variance of 1 (Rombach et al. 2022, equation 2)."""
+    return ddpm_loss(network, _scaled_grid(images), generator)
+
+
 # --- files -------------------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +293,10 @@ def _save_generator(network: Any, folder: Path) -> None:
 
 
 def _save_vqvae(network: Any, folder: Path) -> None:
+    """With the factor that brings the training images' grid to a standard deviation of 1, for diffusion on it."""
+    with torch.no_grad():
+        grid = network.float().encode(Avatars().images(range(500))).latents
+    network.register_to_config(scaling_factor=round(1 / grid.std().item(), 4))
     network.half().save_pretrained(folder)
 
 
@@ -261,6 +304,18 @@ def _save_ddpm(network: Any, folder: Path) -> None:
     from diffusers import DDIMPipeline
 
     DDIMPipeline(network.half(), ddpm_scheduler()).save_pretrained(folder)
+
+
+def _save_rectified_flow(network: Any, folder: Path) -> None:
+    from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler
+
+    DDPMPipeline(network.half(), FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
+
+
+def _save_ldm(network: Any, folder: Path) -> None:
+    from diffusers import LDMPipeline
+
+    LDMPipeline(_vqvae().half(), network.half(), ddpm_scheduler()).save_pretrained(folder)
 
 
 FAMILIES: dict[str, Family] = {
@@ -284,5 +339,13 @@ FAMILIES: dict[str, Family] = {
         build_ddpm, ddpm_loss, _save_ddpm,
         Schedule(steps=6_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=32,
         keep=(100, 200, 400, 700, 1_100, 1_700, 2_600, 4_000),
+    ),
+    "mini-flow": Family(
+        build_ddpm, rectified_flow_loss, _save_rectified_flow,
+        Schedule(steps=6_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=32,
+    ),
+    "avatar-ldm": Family(
+        build_ldm, ldm_loss, _save_ldm,
+        Schedule(steps=10_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=64,
     ),
 }  # fmt: skip

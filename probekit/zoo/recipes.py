@@ -62,8 +62,10 @@ _AVATARS = {
     "avatar-vae": "VAE of 32x32 avatars in DiffuseVAE's architecture, a code of 128",
     "avatar-vqvae": "VQModel of avatars: a grid of 3x8x8, 2,048 codes",
     "avatar-gan": "StyleGAN2 of avatars: z and w of 64",
-    "avatar-flow": "Glow of avatars: three levels of eight flows, affine couplings; and its weights along the training",
-    "avatar-ddpm": "DDPM of avatars: UNet2DModel, linear schedule of 1,000 steps, sampled by DDIM",
+    "avatar-flow": "Glow of avatars: three levels of eight flows, affine couplings; and its weights as it learned",
+    "avatar-ddpm": "DDPM of avatars: UNet2DModel, linear schedule of 1,000 steps; and its weights as it learned",
+    "mini-flow": "rectified flow of avatars: avatar-ddpm's U-Net, trained to predict velocity",
+    "avatar-ldm": "latent diffusion of avatars: a UNet2DModel on avatar-vqvae's grid",
 }
 
 RECIPES: dict[str, Recipe] = {

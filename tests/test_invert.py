@@ -1,0 +1,207 @@
+"""The inversion experiments, through the command line, on tiny models."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from probekit.experiments.invert import as_picture, slerp
+
+from probekit.models import load_diffusion
+from probekit.sampling import invert, sample
+from tests.test_sampling import smooth
+
+COMMAND = [sys.executable, "-c", "from probekit.cli import main; main()"]
+
+
+def probekit(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place with two small models, and a folder of images of their size."""
+    root = tmp_path_factory.mktemp("invert")
+    DDPMPipeline(smooth(), DDIMScheduler(beta_end=0.005, clip_sample=False)).save_pretrained(root / "ddpm")
+    DDPMPipeline(smooth(), FlowMatchEulerDiscreteScheduler()).save_pretrained(root / "flow")
+    (root / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(root / "images" / f"{i:02d}.png")
+    return root
+
+
+RUN = ["invert", "run", "--model", "ddpm", "--steps", "20", "--n", "24", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Path:
+    made = probekit(*RUN, "--out", "whole", cwd=folder)
+    assert made.returncode == 0, made.stderr
+    return folder / "whole"
+
+
+def test_the_rows_are_what_the_models_latents_measure(folder: Path, finished: Path) -> None:
+    rows = pd.read_parquet(finished / "results.parquet").set_index(["method", "measure"])
+    _, diffusion = load_diffusion(str(folder / "ddpm"), device="cpu")
+    noise, schedule, denoiser = diffusion.noise(range(24), 0), diffusion.schedule(20), diffusion.denoiser(24)
+    image = sample(denoiser, noise, schedule).end
+    latent = invert(denoiser, image, schedule).end
+    back = sample(denoiser, latent, schedule).end
+    error = (back - image).flatten(1).square().mean(1).sqrt().mean().item()
+    assert rows.value["plain", "round-trip error"] == pytest.approx(error, rel=1e-3)
+    assert rows.value["plain", "std of values"] == pytest.approx(latent.std().item(), rel=1e-4)
+    away = (latent - noise).flatten(1).norm(dim=1).mean().item()
+    assert rows.value["plain", "distance noise-latent"] == pytest.approx(away, rel=1e-4)
+    calls = {m: rows.value[m, "network calls"] for m in ("plain", "fixed-point", "renoised", "edict")}
+    assert calls["plain"] == 20 and calls["renoised"] == 19 and calls["edict"] == 40 and calls["fixed-point"] > 20
+
+
+def test_exact_inversions_come_back_and_plain_inversion_does_not(finished: Path) -> None:
+    rows = pd.read_parquet(finished / "results.parquet").set_index(["method", "measure"])
+    errors = {m: rows.value[m, "round-trip error"] for m in ("plain", "fixed-point", "renoised", "edict")}
+    scale = rows.value["sample", "std of values"]
+    assert errors["edict"] < 1e-4 * scale and errors["fixed-point"] < 1e-4 * scale
+    assert errors["plain"] > 10 * errors["fixed-point"] and errors["renoised"] > errors["plain"]
+
+
+def test_noise_measures_as_noise(finished: Path) -> None:
+    rows = pd.read_parquet(finished / "results.parquet").set_index(["method", "measure"])
+    assert rows.value["noise", "std of values"] == pytest.approx(1, abs=0.03)
+    assert rows.value["noise", "distance to normal (KS)"] < 0.03
+    for measure in ("top-10 correlation", "top-20 correlation, patches"):
+        assert rows.value["noise", measure] == pytest.approx(rows.value["white noise, expected", measure], rel=0.1)
+    corners = [rows.value["plain", f"angle at {corner}"] for corner in ("noise", "latent", "sample")]
+    assert sum(corners) == pytest.approx(180, abs=1e-3)
+
+
+@pytest.mark.parametrize("report", ["report.html"])
+def test_the_page_needs_nothing_beside_itself_and_describe_writes_it_again(folder: Path, finished: Path, report: str) -> None:
+    page = (finished / report).read_text()
+    assert "http" not in re.sub(
+        r"http://www\.w3\.org/\S+|https://matplotlib\.org/?|http://purl\.org/\S+|http://creativecommons\.org/\S+", "", page
+    )
+    assert page.count("<svg") == 4 and not re.search(r"\{\{|\{%", page)
+    (finished / report).unlink()
+    assert probekit("describe", "whole", cwd=folder).returncode == 0
+    assert (finished / report).read_text() == page.replace("\r", "")
+
+
+def test_killed_and_started_again_gives_the_same_rows_and_makes_nothing_twice(folder: Path, finished: Path) -> None:
+    states = folder / "killed" / "states"
+    run = subprocess.Popen(
+        [*COMMAND, *RUN, "--out", "killed"], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while run.poll() is None and not (states / "plain-20.done").exists():
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert not (folder / "killed" / "results.parquet").exists(), "it was over before it could be killed"
+    before = (states / "samples-20.npy").stat().st_ino, (states / "samples-20.done").stat().st_mtime_ns
+    assert probekit(*RUN, "--out", "killed", cwd=folder).returncode == 0
+    assert ((states / "samples-20.npy").stat().st_ino, (states / "samples-20.done").stat().st_mtime_ns) == before
+    assert (folder / "killed" / "results.parquet").read_bytes() == (finished / "results.parquet").read_bytes()
+
+
+def test_images_of_ones_own_are_inverted(folder: Path) -> None:
+    options = ["--methods", "plain,edict", "--data", "folder:images", "--split", "train"]
+    made = probekit(*RUN, *options, "--out", "own", cwd=folder)
+    assert made.returncode == 0, made.stderr
+    rows = pd.read_parquet(folder / "own" / "results.parquet").set_index(["method", "measure"])
+    # nobody knows what noise they would have come from
+    assert ("plain", "error to the noise") not in rows.index and ("plain", "angle at noise") not in rows.index
+    assert rows.value["edict", "round-trip error"] < 1e-3 < rows.value["plain", "round-trip error"]
+    many = probekit(*RUN, *options, "--n", "41", "--out", "many", cwd=folder)
+    assert many.returncode == 2 and "--n 41" in many.stderr and not (folder / "many").exists()
+
+
+def test_a_rectified_flow_s_trajectory_is_held_against_every_point(folder: Path) -> None:
+    made = probekit(
+        "invert", "trajectory", "--model", "flow", "--steps", "8", "--n", "6", "--batch-size", "4", "--out", "way", cwd=folder
+    )
+    assert made.returncode == 0, made.stderr
+    rows = pd.read_parquet(folder / "way" / "results.parquet")
+    assert len(rows) == 2 * 9 * 25 and set(rows.n) == {4, 2}
+    _, diffusion = load_diffusion(str(folder / "flow"), device="cpu")
+    noise, schedule = diffusion.noise(range(4), 0), diffusion.schedule(8)
+    end = sample(diffusion.denoiser(4), noise, schedule).end
+    latent = invert(diffusion.denoiser(4), end, schedule).end
+    first = rows[rows.n == 4].pivot(index="step", columns="point", values="distance").to_numpy()
+    assert first[0, 0] == 0 and first[0, -1] == pytest.approx((noise - latent).flatten(1).norm(dim=1).mean().item(), rel=1e-4)
+    assert first[8, -1] == pytest.approx((end - latent).flatten(1).norm(dim=1).mean().item(), rel=1e-4)
+    assert "nearest to the latent after" in made.stdout
+    assert probekit("describe", "way", cwd=folder).returncode == 0
+
+
+def test_two_images_become_each_other(folder: Path) -> None:
+    made = probekit(
+        "invert", "interpolate", "--model", "ddpm", "--steps", "20", "--data", "folder:images", "--frames", "4", "--out",
+        "between", "--methods", "fixed-point,edict", cwd=folder,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    rows = pd.read_parquet(folder / "between" / "results.parquet")
+    assert list(rows.groupby("method", sort=False).size()) == [3, 3]
+    assert rows[rows.method == "edict"].end_error.max() < 1e-3
+    wrong = probekit(
+        "invert", "interpolate", "--model", "ddpm", "--data", "folder:images", "--pictures", "0,x", "--out", "x", cwd=folder
+    )
+    assert wrong.returncode == 2 and "--pictures '0,x'" in wrong.stderr and not (folder / "x").exists()
+
+
+def test_great_circles_keep_the_norm_and_meet_their_ends() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
+    path = slerp(a, b, torch.linspace(0, 1, 5, dtype=torch.float64))
+    assert torch.allclose(path[0], a) and torch.allclose(path[-1], b)
+    a, b = a / a.norm(), b / b.norm()
+    path = slerp(a, b, torch.linspace(0, 1, 5, dtype=torch.float64))
+    assert torch.allclose(path.flatten(1).norm(dim=1), torch.ones(5, dtype=torch.float64))
+    steps = (path[1:] * path[:-1]).flatten(1).sum(1)
+    assert float(steps.max() - steps.min()) < 1e-12
+    assert torch.allclose(slerp(a, a, torch.tensor([0.5], dtype=torch.float64))[0], a)
+
+
+def test_states_of_any_shape_become_pictures() -> None:
+    assert as_picture(torch.full((2, 4, 8, 8), 3.0)).shape == (2, 3, 8, 8)
+    assert as_picture(torch.full((2, 1, 8, 8), 30.0)).max() == 1
+    assert as_picture(torch.zeros(2, 16, 64)).shape == (2, 3, 16, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--methods", "plain,backwards"], "inversion 'backwards': choose plain, fixed-point, renoised, edict"),
+        (["--steps", "2000"], "steps 2000: choose 1 to 1000"),
+        (["--model", "random"], "makes no images from noise"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--prompt", "a dog"], "--prompt 'a dog'"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--n", "3"], "--n"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_written(
+    folder: Path, options: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import typer
+    from probekit.experiments.invert import app
+
+    from probekit.errors import ProbekitError
+
+    monkeypatch.chdir(folder)
+    arguments: list[Any] = [*RUN[1:], "--out", "bad", *options]
+    with pytest.raises((ProbekitError, typer.BadParameter)) as error:
+        typer.main.get_command(app)(arguments, standalone_mode=False)
+    text = str(error.value) if isinstance(error.value, ProbekitError) else error.value.format_message()
+    assert said in text and "\n" not in text
+    assert not (folder / "bad").exists()

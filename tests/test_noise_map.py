@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import typer
+from diffusers import DDIMScheduler, DDPMPipeline
+from probekit.experiments import noise_map
+
+from probekit import ProbekitError
+from probekit.cli import app
+from probekit.metrics.distributions import share_interval
+from probekit.metrics.geometry import matching_accuracy
+from probekit.models import load_diffusion
+from probekit.report.images import load_png, to_uint8
+from probekit.report.noise_map import PAPER, TO_NOISE, TO_SAMPLE, _mistakes, headline
+from probekit.runs import open_run
+from tests.test_cli import OFFLINE, PROBEKIT, probekit
+from tests.test_latent_diffusion import ldm_folder  # noqa: F401
+from tests.test_sampling import tiny
+
+N, SPLITS = 160, 8
+RUN = ["noise-map", "run", "--model", "./tiny", "--n", str(N), "--steps", "3,30", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a tiny model lies, and `whole`, a run of it from the command line."""
+    folder = tmp_path_factory.mktemp("noise-map")
+    DDPMPipeline(tiny(), DDIMScheduler()).save_pretrained(folder / "tiny")
+    done = probekit(*RUN, "--out", "whole", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "x0 -> xT" in done.stdout and "report: whole/report.html" in done.stdout
+    return folder
+
+
+def here(*arguments: str | int | Path) -> None:
+    """The command line in this process: the way from error to line and exit code is tested in test_cli."""
+    typer.main.get_command(app)([*map(str, arguments)], standalone_mode=False)
+
+
+def test_the_rows_are_those_of_all_distances_between_what_is_stored(folder: Path) -> None:
+    noise = torch.from_numpy(np.load(folder / "whole" / "states" / "noise.npy"))
+    _, diffusion = load_diffusion(str(folder / "tiny"), device="cpu")
+    assert torch.equal(noise, diffusion.noise(range(N), 0))
+    rows = pd.read_parquet(folder / "whole" / "results.parquet")
+    ways = [(steps, way) for steps in (3, 30) for way in (TO_NOISE, TO_SAMPLE)]
+    assert list(zip(rows.steps, rows.direction, strict=True)) == ways and set(rows.n) == {N}
+    for (steps, way), row in zip(ways, rows.itertuples(), strict=True):
+        sampled = torch.from_numpy(np.load(folder / "whole" / "states" / f"samples-{steps}.npy"))
+        pair = (sampled, noise) if way == TO_NOISE else (noise, sampled)
+        distance = torch.cdist(*(states.double().flatten(1) for states in pair))
+        answers, own = distance.argmin(1), distance.diagonal().clone()
+        right = answers == torch.arange(N)
+        assert row.accuracy == pytest.approx(100 * right.double().mean()) and row.chance == pytest.approx(100 / N)
+        assert (row.accuracy, row.std) == pytest.approx([100 * v for v in matching_accuracy(*pair, SPLITS)])
+        assert (row.low, row.high) == pytest.approx([100 * v for v in share_interval(int(right.sum()), N)])
+        assert (row.wrong, row.named) == (int((~right).sum()), len(set(answers[~right].tolist())))
+        others = distance.fill_diagonal_(float("inf")).amin(1)  # all rows count: there are fewer than 256
+        assert (row.own, row.other) == pytest.approx((float(own.mean()), float(others.mean())))
+    # the noise is scaled up on the way: seen from it, the smallest sample is the nearest
+    accuracy = rows.set_index(["steps", "direction"]).accuracy
+    assert accuracy[30, TO_NOISE] == 100 and 0 < accuracy[30, TO_SAMPLE] < 10
+
+
+def test_pictures_are_of_the_samples_and_noises_that_they_say(folder: Path) -> None:
+    _, diffusion = load_diffusion(str(folder / "tiny"), device="cpu")
+    noise, sampled = (
+        torch.from_numpy(np.load(folder / "whole" / "states" / f"{name}.npy")) for name in ("noise", "samples-30")
+    )
+    images = folder / "whole" / "images" / "steps-000030"
+    names = sorted(path.stem.split("-") for path in images.iterdir())
+    assert len(names) == 2 * noise_map.EXAMPLES * 3
+    assert {int(row) for kind, row, *_ in names if kind == "found"} == set(range(6))
+    distance = torch.cdist(noise.flatten(1), sampled.flatten(1))
+    for kind, row, answer, part in names:
+        number = int(answer) if part == "nearest" else int(row)
+        if kind == "missed":
+            assert row != answer and int(answer) == int(distance[int(row)].argmin())
+        of_noise = (kind, part) in (("found", "own"), ("found", "nearest"), ("missed", "noise"))
+        picture = noise[number] / 3 if of_noise else diffusion.decode(sampled[number][None])[0]
+        assert (to_uint8(load_png(images / f"{kind}-{row}-{answer}-{part}.png")) == to_uint8(picture)).all(), (kind, row, part)
+
+
+def test_the_report_is_one_page_that_fetches_nothing_and_can_be_shown_again(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (folder / "whole" / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:|#|\$)|url\((?!#)|@import|fetch\(', page)
+    assert "tiny is a diffusion model of pixels that predicts the noise" in page and "noise-map run --model ./tiny" in page
+    figures = {f"{name}.{kind}" for name in ("accuracy", "nearest-3", "nearest-30") for kind in ("png", "svg")}
+    assert {p.name for p in (folder / "whole" / "figures").iterdir()} == figures
+    (folder / "whole" / "report.html").unlink()
+    here("describe", folder / "whole")
+    assert "xT -> x0" in capsys.readouterr().out
+    again = (folder / "whole" / "report.html").read_text()
+    # but for the command to run again, which is then the one in config.json
+    assert re.sub("<pre>.*?</pre>", "", again) == re.sub("<pre>.*?</pre>", "", page)
+
+
+def test_killed_and_started_again_finished_blocks_are_kept_and_the_result_is_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = subprocess.Popen([*PROBEKIT, *RUN, "--out", "killed"], env=OFFLINE, cwd=folder, stdout=subprocess.DEVNULL)
+    mark = folder / "killed" / "states" / "samples-30.done"
+    while process.poll() is None and not mark.exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = int(mark.read_text())
+    assert 0 < done < N, "it was over before it could be killed"
+    assert not (folder / "killed" / "results.parquet").exists()
+
+    from probekit import sampling
+
+    sampled: list[int] = []
+
+    def counted(denoiser: Any, start: torch.Tensor, schedule: Any) -> Any:
+        assert len(schedule) == 30  # 3 steps are finished
+        sampled.append(len(start))
+        return original(denoiser, start, schedule)
+
+    original = sampling.sample
+    monkeypatch.setattr(sampling, "sample", counted)
+    monkeypatch.chdir(folder)
+    finished = folder / "killed" / "units" / "steps-000003.parquet"
+    before = finished.stat().st_mtime_ns
+    here(*RUN, "--out", "killed")
+    assert sum(sampled) == N - done and finished.stat().st_mtime_ns == before
+    for name in ("results.parquet", "states/samples-30.npy", "figures/accuracy.svg", "images/steps-000030/found-0-0-own.png"):
+        assert (folder / "killed" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
+    with pytest.raises(ProbekitError, match="seed 0 there, 3 here"):
+        here(*RUN, "--seed", "3", "--out", "killed")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--steps", "10,x"], "--steps '10,x'"),
+        (["--steps", ""], "--steps ''"),
+        (["--splits", "1"], "--splits 1: at least 2"),
+        (["--n", "15"], "--n 15: at least 16"),
+        (["--n", "-1"], "--n -1: at least 16"),
+        (["--steps", "10,1001"], "choose 1 to 1000"),
+        (["--model", "random"], "makes no images from noise"),
+        (["--prompt", "a dog"], "takes none"),
+        (["--device", "nowhere"], "device 'nowhere'"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    folder: Path, options: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(ProbekitError) as error:
+        here("noise-map", "run", "--model", "./tiny", "--out", "refused", *options)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert not (folder / "refused").exists()
+
+
+def test_from_the_command_line_it_is_one_line_and_exit_code_2(folder: Path) -> None:
+    refused = probekit("noise-map", "run", "--n", "10", "--out", "refused", cwd=folder)
+    assert refused.returncode == 2 and refused.stderr == "probekit: --n 10: at least 16, two for each of the 8 --splits\n"
+    assert not (folder / "refused").exists()
+
+
+def test_a_latent_model_is_matched_in_its_latents_and_drawn_decoded(ldm_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    here("noise-map", "run", "--model", ldm_folder, "--n", 16, "--splits", "2", "--steps", "2", "--out", tmp_path / "run")
+    sampled = torch.from_numpy(np.load(tmp_path / "run" / "states" / "samples-2.npy"))
+    assert sampled.shape == (16, 3, 8, 8)
+    images = tmp_path / "run" / "images" / "steps-000002"
+    (sample,) = images.glob("found-3-*-sample.png")
+    _, diffusion = load_diffusion(str(ldm_folder), device="cpu")
+    assert (to_uint8(load_png(sample)) == to_uint8(diffusion.decode(sampled[3:4])[0])).all()
+    assert "a diffusion model of latents" in (tmp_path / "run" / "report.html").read_text()
+    shutil.rmtree(tmp_path / "run" / "images")  # shown again without its pictures it still has its numbers
+    noise_map.show(tmp_path / "run", *open_run(tmp_path / "run"))
+
+
+def test_a_block_at_a_time_the_nearest_and_the_margin_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, candidates = (torch.randn(50, 3, 4, 4, generator=generator).numpy() for _ in range(2))
+    distance = torch.cdist(*(torch.from_numpy(states).double().flatten(1) for states in (queries, candidates)))
+    own, advanced = distance.diagonal()[:20].mean(), []
+    monkeypatch.setattr(noise_map, "_VALUES", 48 * 7)  # 7 rows
+    found = noise_map._nearest(queries, candidates, torch.device("cpu"), advanced.append)
+    assert torch.equal(found, distance.argmin(1)) and advanced == [*[7] * 7, 1]
+    others = distance.fill_diagonal_(float("inf"))[:20].amin(1).mean()
+    assert noise_map.margin(queries, candidates, rows=20) == pytest.approx((float(own), float(others)))
+    monkeypatch.setattr(noise_map, "_VALUES", 1)  # less than a row
+    assert torch.equal(noise_map._nearest(queries, candidates, torch.device("cpu"), advanced.append), found)
+
+
+def test_noise_of_any_shape_is_drawn_as_a_picture() -> None:
+    noise = torch.randn(4, 5, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(noise_map.noise_picture(noise), (noise[:3] / 3).clamp(-1, 1))
+    assert torch.equal(noise_map.noise_picture(noise[:1]), (noise[[0, 0, 0]] / 3).clamp(-1, 1))
+    tokens = noise.flatten(1).T  # (25, 4): a token a place, row by row
+    assert torch.equal(noise_map.noise_picture(tokens), noise_map.noise_picture(noise))
+
+
+def test_the_headline_says_the_numbers_the_kind_of_model_and_which_way_is_surer() -> None:
+    def rows(*found: tuple[int, str, float, float, float]) -> pd.DataFrame:
+        frame = pd.DataFrame(found, columns=["steps", "direction", "accuracy", "low", "high"])
+        return frame.assign(n=2000, chance=0.05)
+
+    options = {"model": "models/mine", "prediction": "flow", "space": "latents"}
+    said = headline(
+        {"options": options},
+        rows((10, TO_NOISE, 100, 99.8, 100), (10, TO_SAMPLE, 100, 99.8, 100),
+             (1000, TO_NOISE, 99.97, 99.7, 100), (1000, TO_SAMPLE, 0.25, 0.1, 0.6)),
+    )  # fmt: skip
+    assert said == (
+        "mine is a rectified flow of latents. Of 2,000 noises, the nearest to a sample is the one it was made from in "
+        "100 % of cases at 10 steps and 99.9 % at 1,000. Of 2,000 samples, the nearest to a noise is its own in "
+        "100 % of cases at 10 steps and 0.25 % at 1,000. Chance is 0.05 %. "
+        "From sample to noise is the surer way at 1,000 steps."
+    )
+    said = headline({"options": options}, rows((1, TO_NOISE, 50, 40, 60), (1, TO_SAMPLE, 55, 45, 65)))
+    assert "50.0 % of cases at 1 step." in said and said.endswith("Neither way is clearly the surer one.")
+
+
+def test_wrong_answers_are_told_with_how_many_they_name() -> None:
+    def told(direction: str, wrong: int, named: int) -> str:
+        return _mistakes(SimpleNamespace(direction=direction, wrong=wrong, named=named, n=2000))
+
+    assert told(TO_NOISE, 0, 0) == "Every sample is nearest to its own noise."
+    assert told(TO_SAMPLE, 1, 1) == "1 of 2,000 noises is nearer to another sample than to its own."
+    assert told(TO_NOISE, 5, 1) == "5 of 2,000 samples are nearer to another noise than to their own, all to the same one."
+    assert told(TO_SAMPLE, 5, 3).endswith("than to their own, to 3 different ones in all.")
+
+
+def test_the_paper_s_numbers_are_those_of_its_poster() -> None:
+    ddpm, ldm = PAPER["ImageNet DDPM"], PAPER["CelebA LDM"]
+    assert (
+        ddpm[TO_SAMPLE][100] == (59.0, 7.1)
+        and ddpm[TO_NOISE][4000] == (99.5, 0.3)
+        and list(ddpm[TO_NOISE]) == [10, 100, 1000, 4000]
+    )
+    assert all(by == {10: (100, 0), 100: (100, 0), 1000: (100, 0)} for by in ldm.values())
