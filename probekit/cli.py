@@ -59,9 +59,9 @@ def models(
     """List models with their families, latent spaces and sizes, and what each space can do."""
     from probekit.models import load
     from probekit.report.terminal import print_models
-    from probekit.zoo import MODELS, PIPELINES, weights
+    from probekit.zoo import MODELS, PIPELINES, trained
 
-    bundled = [*PIPELINES, *(name for name in MODELS if weights(name).is_dir()), "random"]
+    bundled = [*PIPELINES, *(name for name in MODELS if trained(name)), "random"]
     print_models([load(name, device="cpu") for name in ([model] if model else bundled)])
 
 

@@ -10,13 +10,13 @@ from torch import nn
 from probekit import load
 from probekit.data.avatars import ATTRIBUTES, Avatars
 from probekit.models import Model
-from probekit.zoo import MODELS, weights
+from probekit.zoo import MODELS, trained
 from probekit.zoo.avatar_families import FAMILIES, evaluate
 from probekit.zoo.training import Schedule, train
 
 
 def bundled(name: str) -> Model:
-    if not weights(name).is_dir():
+    if not trained(name):
         pytest.skip(f"{name} is not trained yet")
     loaded = load(name, device="cpu")
     assert isinstance(loaded, Model)

@@ -17,7 +17,7 @@ from probekit.models import checkpoint, custom, ddpm, ddpm_checkpoints, glow, la
 from probekit.models.model import Model
 from probekit.models.text_to_image import TextToImage, choose_device
 from probekit.sampling import Diffusion
-from probekit.zoo import MODELS, PIPELINES, weights
+from probekit.zoo import MODELS, PIPELINES, trained, weights
 
 __all__ = ["Model", "TextToImage", "load", "load_diffusion", "load_space", "load_text_to_image"]
 
@@ -45,7 +45,7 @@ def load(name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto")
     if name == "random":
         return random.model(32)
     if name in MODELS:
-        if not weights(name).is_dir():
+        if not trained(name):
             raise ProbekitError(f"model {name!r}: is not trained yet; probekit zoo train {name}")
         path = weights(name)
     if path.is_file():

@@ -19,6 +19,11 @@ def weights(name: str) -> Path:
     return WEIGHTS / name
 
 
+def trained(name: str) -> bool:
+    """Whether a bundled model's weights are there; while it trains, its folder holds snapshots only."""
+    return any(path.is_file() for path in weights(name).glob("*"))
+
+
 class Measured(NamedTuple):
     """One line of a model's measurement: what, its value, the bar it should reach if any, and the unit.
 

@@ -1,0 +1,137 @@
+"""What sampling and inversion cost beyond the network's calls, and what it costs to find every sample's nearest noise.
+
+    python benchmarks/inversion.py [--model avatar-ddpm] [--rows 16] [--steps 20] [--n 2048] [--pixels 3072] [--repeats 5]
+
+Sampling and every inversion are timed against the same number of bare calls of the network on as many rows, in turn, and the
+median of the ratios is printed. Nearest noises are found in three ways that must agree: by blocks (`geometry.nearest`), by
+`torch.cdist` in one piece, and by a plain double loop, on as many rows as it manages in a minute. Each way runs in a process of
+its own; memory is the resident set's peak above what it is with the vectors loaded, as the kernel counts it (Linux).
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LOOP_ROWS = 64  # of the queries, for the double loop; its time for all is this in proportion
+
+
+def calls(asked: argparse.Namespace) -> None:
+    """Seconds of each algorithm, of the bare calls it makes, and their ratio."""
+    from probekit.models import load_diffusion
+    from probekit.sampling import sample
+    from probekit.sampling.inversions import INVERSIONS
+
+    _, diffusion = load_diffusion(asked.model, device="cpu")
+    schedule, denoiser, noise = (
+        diffusion.schedule(asked.steps),
+        diffusion.denoiser(asked.rows),
+        diffusion.noise(range(asked.rows), 0),
+    )
+    image = sample(denoiser, noise, schedule).end
+    ways: dict[str, Callable[[], Any]] = {"sample": lambda: sample(denoiser, noise, schedule)}
+    for name, inversion in INVERSIONS.items():
+        ways[name] = lambda inversion=inversion: inversion.invert(denoiser, image, schedule, torch.Generator().manual_seed(0))
+    print(
+        f"{asked.model}, {asked.rows} rows, {asked.steps} steps\n\n| way | calls | seconds | bare calls | ratio |\n|---|---|---|---|---|"
+    )
+    for name, way in ways.items():
+        count = way().calls  # and warm
+        both = [
+            (_timed(way), _timed(lambda count=count: _bare(denoiser, image, schedule, count))) for _ in range(asked.repeats)
+        ]
+        taken, bare = (statistics.median(times) for times in zip(*both, strict=True))
+        ratio = statistics.median(a / b for a, b in both)
+        print(f"| {name} | {count} | {taken:.2f} | {bare:.2f} | {ratio:.3f} |")
+
+
+@torch.no_grad()
+def _bare(denoiser: Any, states: torch.Tensor, schedule: Any, count: int) -> None:
+    for call in range(count):
+        denoiser(states, schedule.timesteps[call % len(schedule)])
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def vectors(n: int, pixels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noises, and samples that each lie near one of them, shrunk."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(n, pixels, generator=generator)
+    return 0.3 * noise + 0.5 * torch.randn(n, pixels, generator=generator), noise
+
+
+def by_blocks(samples: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """probekit's."""
+    from probekit.metrics.geometry import nearest
+
+    return nearest(samples, noise)
+
+
+def by_cdist(samples: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """All distances at once."""
+    return torch.cdist(samples, noise).argmin(1)
+
+
+def by_loop(samples: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """A pair at a time."""
+    return torch.tensor([min(range(len(noise)), key=lambda j, s=s: float((s - noise[j]).norm())) for s in samples[:LOOP_ROWS]])
+
+
+WAYS = {"by blocks": by_blocks, "torch.cdist": by_cdist, "double loop": by_loop}
+
+
+def measure(way: str, n: int, pixels: int) -> tuple[float, int, list[int]]:
+    """Seconds, peak bytes above the vectors, and the numbers found."""
+    samples, noise = vectors(n, pixels)
+    WAYS[way](samples[:8], noise[:8])  # what the first call imports
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    start = time.perf_counter()
+    found = WAYS[way](samples, noise)
+    return time.perf_counter() - start, _resident("VmHWM") - before, found.tolist()
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
+
+
+def main() -> None:
+    """Both tables."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="avatar-ddpm")
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--n", type=int, default=2048)
+    parser.add_argument("--pixels", type=int, default=3072)
+    parser.add_argument("--repeats", type=int, default=5)
+    asked = parser.parse_args()
+    calls(asked)
+    results = {}
+    for way in WAYS:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            results[way] = pool.apply(measure, (way, asked.n, asked.pixels))
+    found = results["by blocks"][2]
+    assert found == results["torch.cdist"][2], "torch.cdist finds other noises"
+    assert found[:LOOP_ROWS] == results["double loop"][2], "the double loop finds other noises"
+    print(f"\nnearest of {asked.n} noises of {asked.pixels} pixels, for as many samples: all ways find the same\n")
+    print("| way | seconds | peak memory above the vectors |\n|---|---|---|")
+    for way, (seconds, peak, numbers) in results.items():
+        scaled = seconds * asked.n / len(numbers)
+        note = "" if len(numbers) == asked.n else f" (from {len(numbers)} rows)"
+        print(f"| {way} | {scaled:.2f}{note} | {peak / 2**20:.0f} MiB |")
+
+
+if __name__ == "__main__":
+    main()
