@@ -16,7 +16,6 @@ from probekit.models import hub
 from probekit.models.model import Model
 
 _COMMITMENT = 0.25  # beta of the paper's equation 3
-_SOFTNESS = 0.1  # squared distance over which an assignment fades, where use of the codebook is rewarded
 
 
 def model(network: Any, name: str, image_size: int | None = None) -> Model:
@@ -92,17 +91,12 @@ def load_folder(path: str | Path, name: str) -> Model:
     return model(hub.load_part(VQModel, place, part, name), name)
 
 
-def loss(
-    vq: Any, images: Float[Tensor, "n 3 h w"], generator: torch.Generator, spread: float = 0.0
-) -> tuple[Float[Tensor, ""], dict[str, float]]:
+def loss(vq: Any, images: Float[Tensor, "n 3 h w"], generator: torch.Generator) -> tuple[Float[Tensor, ""], dict[str, float]]:
     """Squared error, codebook loss and commitment loss: equation 3 of van den Oord et al. 2017, each a mean over values.
 
     Gradients pass the quantization unchanged from decoder to encoder; the codebook learns by its own term alone. diffusers'
     own `commit_loss` is not used: its quantizer has beta on the codebook's term instead (`legacy=True`), and VQModel offers
     no way to choose. generator: nothing is drawn. Numbers: the terms, and `used`, the share of the codebook in this batch.
-
-    spread: the weight of a reward for using all codes alike: the entropy of the mean soft assignment, as in MAGVIT-v2 (Yu et
-    al. 2024, section 3.1). Without it a small codebook keeps a few codes in use.
     """
     grid = vq.encode(images).latents
     nearest, indices = _nearest(vq, grid)
@@ -114,10 +108,6 @@ def loss(
         F.mse_loss(grid, nearest.detach()),
     )
     value = error + codebook + _COMMITMENT * commitment
-    if spread:
-        vectors, codes = grid.movedim(1, -1).flatten(0, -2).float(), vq.quantize.embedding.weight.float()
-        use = F.softmax(-torch.cdist(vectors, codes).square() / _SOFTNESS, dim=1).mean(0)
-        value = value + spread * (use * (use + 1e-9).log()).sum()
     return value, {
         "squared_error": error.item(),
         "codebook": codebook.item(),
