@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from memory import resident, start_peak
 
 # StyleGAN2's w, a VAE's code, a VQ-VAE's grid, Glow's z, a DDPM's inverted noise
 SIZES = [64, 128, 192, 3072, 3072]
@@ -86,12 +87,6 @@ def scikit_learn(spaces: list[np.ndarray]) -> Iterator[Map]:
 WAYS = {"probekit": probekit, "scikit-learn": scikit_learn}
 
 
-def resident(field: str) -> int:
-    """VmRSS, this process's resident set, or VmHWM, its peak, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
-
-
 def measure(way: str, asked: argparse.Namespace, folder: str) -> tuple[dict[tuple[int, int], tuple[float, float, float]], int]:
     """(seconds, alpha, error) of every pair, and peak bytes above the latents; the maps go to the folder, outside the timing.
 
@@ -107,8 +102,7 @@ def measure(way: str, asked: argparse.Namespace, folder: str) -> tuple[dict[tupl
     for estimator in (RidgeCV(), LinearMap("auto")):  # what the first call imports
         estimator.fit(tiny, tiny)
     scipy.linalg.eigh(tiny.T @ tiny)
-    before, results = resident("VmRSS"), {}
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before, results = start_peak(), {}
     maps, start = WAYS[way](spaces), time.perf_counter()
     for pair, alpha, coef, intercept, error in maps:
         results[pair] = (time.perf_counter() - start, float(alpha), float(error))
