@@ -15,10 +15,10 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from memory import resident, start_peak
 
 LOOP_ROWS = 64  # of the queries, for the double loop; its time for all is this in proportion
 
@@ -39,9 +39,8 @@ def calls(asked: argparse.Namespace) -> None:
     ways: dict[str, Callable[[], Any]] = {"sample": lambda: sample(denoiser, noise, schedule)}
     for name, inversion in INVERSIONS.items():
         ways[name] = lambda inversion=inversion: inversion.invert(denoiser, image, schedule, torch.Generator().manual_seed(0))
-    print(
-        f"{asked.model}, {asked.rows} rows, {asked.steps} steps\n\n| way | calls | seconds | bare calls | ratio |\n|---|---|---|---|---|"
-    )
+    print(f"{asked.model}, {asked.rows} rows, {asked.steps} steps\n")
+    print("| way | calls | seconds | bare calls | ratio |\n|---|---|---|---|---|")
     for name, way in ways.items():
         count = way().calls  # and warm
         both = [
@@ -95,16 +94,9 @@ def measure(way: str, n: int, pixels: int) -> tuple[float, int, list[int]]:
     """Seconds, peak bytes above the vectors, and the numbers found."""
     samples, noise = vectors(n, pixels)
     WAYS[way](samples[:8], noise[:8])  # what the first call imports
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    start = time.perf_counter()
+    before, start = start_peak(), time.perf_counter()
     found = WAYS[way](samples, noise)
-    return time.perf_counter() - start, _resident("VmHWM") - before, found.tolist()
-
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
+    return time.perf_counter() - start, resident("VmHWM") - before, found.tolist()
 
 
 def main() -> None:
