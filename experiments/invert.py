@@ -451,7 +451,7 @@ def _interpolate_all(opened: Run, denoising: Denoising, methods: list[str], imag
                 ends = inversion.invert(diffusion.denoiser(2), states, schedule, generator).end.double()
                 # the two states of a pair each on a circle of their own
                 parts = ends.unbind(1) if inversion.pairs else [ends]
-                path = torch.stack([slerp(*part, fractions) for part in parts], 1)
+                path = torch.stack([slerp(part[0], part[1], fractions) for part in parts], 1)
                 path = path if inversion.pairs else path[:, 0]
                 made = inversion.back(diffusion.denoiser(len(path)), path, schedule).end
                 frames = diffusion.decode((made[:, 0] if inversion.pairs else made).float())
