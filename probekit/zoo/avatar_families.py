@@ -146,8 +146,8 @@ def build_vqvae() -> nn.Module:
 
 
 def vqvae_loss(network: Any, images: Images, generator: torch.Generator) -> tuple[Tensor, Numbers]:
-    """`vqvae.loss`. In bfloat16 it stands still at twice the error: weights that are rounded hide what a step has changed."""
-    return vqvae.loss(network, images, generator)
+    """`vqvae.loss`, in the network's precision."""
+    return vqvae.loss(network, images.to(network.dtype), generator)
 
 
 # --- GAN ---------------------------------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def _save_ldm(network: Any, folder: Path) -> None:
 FAMILIES: dict[str, Family] = {
     "avatar-vae": Family(
         build_vae, vae_loss, _save_own("vae"),
-        Schedule(steps=5_000, learning_rate=3e-3, weight_decay=0.0, bfloat16=True), batch=64,
+        Schedule(steps=4_000, learning_rate=1.5e-3, weight_decay=0.0, bfloat16=True), batch=64,
     ),
     "avatar-vqvae": Family(
         build_vqvae, vqvae_loss, _save_vqvae,

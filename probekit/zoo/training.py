@@ -114,7 +114,9 @@ def train(
             torch.autograd.backward(value)
             if worker is not module:
                 for p, w in zip(parameters, worker_parameters, strict=True):
-                    p.grad, w.grad = None if w.grad is None else w.grad.float(), None
+                    # in the layout of p: the fused optimizer takes both for the same and would mix up values
+                    p.grad = None if w.grad is None else torch.empty_like(p).copy_(w.grad)
+                    w.grad = None
             nn.utils.clip_grad_norm_(parameters, schedule.clip)
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate * schedule.factor(step)
