@@ -32,7 +32,8 @@ def test_every_command_of_the_readme_has_the_options_it_is_given() -> None:
     assert len(commands) >= 6
     for command in commands:
         words = command.replace("\\\n", " ").split()[1:]
-        verbs = [w for i, w in enumerate(words) if re.fullmatch(r"[a-z]+", w) and all(not v.startswith("-") for v in words[:i])]
+        options = [i for i, word in enumerate(words) if word.startswith("-")]
+        verbs = [word for word in words[: options[0] if options else None] if re.fullmatch(r"[a-z][a-z-]*", word)]
         shown = ""
         while verbs and not shown:
             tried = subprocess.run(
