@@ -23,7 +23,7 @@ Prompt = Annotated[str | None, typer.Option(help="The caption of a text-to-image
 Label = Annotated[int | None, typer.Option(min=0, help="The class of a DiT's images, by its number.")]
 Guidance = Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 is none, and inversion likes none.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16; text-to-image models only.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="How many pictures go through the model at a time.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=64, help="How many pictures go through the model at a time.")]
 
 
 @dataclass(frozen=True, eq=False)

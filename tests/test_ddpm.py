@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,7 +16,7 @@ from probekit import ProbekitError
 from probekit.models import ddpm
 from probekit.models.checkpoint import read
 from probekit.models.ddpm_checkpoints import from_ermon, from_openai, is_ermon, is_openai, published_scheduler
-from tests.conftest import scramble
+from tests.test_sampling import smooth, tiny
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 State = dict[str, Tensor]
@@ -41,15 +41,6 @@ def error(unet: Any, case: State) -> float:
 
 def random_like(state: State) -> State:
     return {key: torch.randn_like(value) for key, value in state.items()}
-
-
-def tiny(**options: Any) -> Any:
-    config: dict[str, Any] = {
-        "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    }  # fmt: skip
-    torch.manual_seed(0)
-    return scramble(UNet2DModel(**config | options))
 
 
 def images(n: int, seed: int = 0, size: int = 8) -> Tensor:
@@ -289,14 +280,6 @@ def test_a_checkpoint_comes_with_the_noise_of_its_published_models() -> None:
 
 
 # --- spaces ------------------------------------------------------------------------------------------------------------
-
-
-def smooth() -> Any:
-    """A network whose prediction changes little from a step to the next, as a trained one's."""
-    unet = tiny()
-    for p in unet.conv_out.parameters():
-        p.data *= 0.1
-    return unet
 
 
 def test_a_round_trip_improves_with_steps() -> None:
