@@ -127,13 +127,13 @@ def _round_trip(rows: pd.DataFrame, methods: list[str]) -> Figure:
     value = rows.set_index(["method", "measure"])
     with plt.rc_context(style()):
         figure, ax = plt.subplots(figsize=(6.4, 3.3), layout="constrained")
-        for m in methods:
+        for i, m in enumerate(methods):
             error, calls = value.loc[(m, "round-trip error")], value.loc[(m, "network calls"), "value"]
             shown = max(error.value, _EXACT)
             bar = [[max(0.0, shown - max(error.low, _EXACT))], [max(0.0, error.high - shown)]]
             ax.errorbar(calls, shown, yerr=bar, fmt="o", ms=7, color=_COLOURS[m], capsize=3)
-            ax.annotate(f"{m}, exact to rounding" if error.value <= _EXACT else m, (calls, shown), xytext=(8, 5),
-                        textcoords="offset points", color=_COLOURS[m])  # fmt: skip
+            name = f"{m}, exact to rounding" if error.value <= _EXACT else m
+            ax.annotate(name, (calls, shown), xytext=(8, -12 if i % 2 else 5), textcoords="offset points", color=_COLOURS[m])
         ax.set_yscale("log")
         ax.set(xlabel="calls of the network for an inversion", ylabel="round-trip error (RMS)")
         ax.margins(x=0.18, y=0.15)
