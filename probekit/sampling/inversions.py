@@ -28,8 +28,8 @@ RENOISED = 0.05
 class Inversion:
     """One way from images to latents and back.
 
-    invert: (denoiser, image states, schedule, generator) to the trajectory to the latents; back: (denoiser, latents, schedule,
-    states to keep) to the trajectory to the images. pairs: whether its latents are pairs of states (n, 2, ...), in float64.
+    invert: (denoiser, image states, schedule, generator) to the trajectory to the latents; back: (denoiser, latents, schedule)
+    to the trajectory to the images. pairs: whether its latents are pairs of states (n, 2, ...), in float64.
     """
 
     about: str
