@@ -76,6 +76,7 @@ def test_the_shipped_trunk_is_the_one_that_lpips_linear_layers_were_fitted_to() 
 def test_transfer_and_damage_at_their_ends() -> None:
     assert transfer(0.0, 2.0, 2.0) == 0 and transfer(2.0, 0.0, 2.0) == 1 and transfer(1.0, 1.0, 1.0) == 0.5
     assert math.isnan(transfer(1.0, 1.0, 0.0))  # O and E are alike: nothing could come over
+    assert math.isnan(transfer(0.0, 0.0, 1.0))  # no metric says so, but SIFT may: it counts the points that match
     assert damage(0.0, 2.0, 2.0) == 0 and damage(3.0, 2.0, 2.0) == 1
     assert math.isnan(damage(1.0, 1.0, 0.0))
 

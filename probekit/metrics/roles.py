@@ -19,9 +19,11 @@ EVERYTHING = "everything"
 def transfer(to_original: float, to_edit: float, between: float) -> float:
     """d(O, I) / (d(O, I) + d(E, I)): 0 where the injected picture I equals O, 1 where it equals E.
 
-    NaN where O and E are equal (`between`, d(O, E), is 0): nothing could come over.
+    NaN where O and E are equal (`between`, d(O, E), is 0): nothing could come over. And where I equals both though they are
+    not equal, which no metric allows, but matched SIFT points and rounded cosines do: then the descriptor cannot tell.
     """
-    return to_original / (to_original + to_edit) if between > 0 else math.nan
+    both = to_original + to_edit
+    return to_original / both if between > 0 and both > 0 else math.nan
 
 
 def damage(to_original: float, to_edit: float, between: float) -> float:
