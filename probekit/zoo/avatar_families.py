@@ -213,7 +213,7 @@ def build_ddpm() -> nn.Module:
     from diffusers import UNet2DModel
 
     return UNet2DModel(
-        sample_size=IMAGE_SIZE, block_out_channels=(32, 48, 64, 64), layers_per_block=1, norm_num_groups=8,
+        sample_size=IMAGE_SIZE, block_out_channels=(32, 48, 48, 48), layers_per_block=1, norm_num_groups=8,
         attention_head_dim=16,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
@@ -221,16 +221,21 @@ def build_ddpm() -> nn.Module:
 
 
 def ddpm_scheduler() -> Any:
-    """1,000 steps of the linear schedule of Ho et al. 2020, sampled by DDIM."""
+    """1,000 steps of the linear schedule of Ho et al. 2020, sampled by DDIM, with velocity for a target (Salimans and Ho 2022).
+
+    At the last timestep an error in predicted noise counts 157 times in the image: after 2,600 steps of learning to predict
+    noise, this network painted half of its avatars black or white.
+    """
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
-        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, clip_sample=False, timestep_spacing="leading"
-    )
+        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, clip_sample=False, timestep_spacing="leading",
+        prediction_type="v_prediction",
+    )  # fmt: skip
 
 
 def ddpm_loss(network: Any, images: Images, generator: torch.Generator) -> tuple[Tensor, Numbers]:
-    """Mean squared error of the predicted noise at uniformly drawn timesteps (Ho et al. 2020, equation 14)."""
+    """Mean squared error of the predicted velocity at uniformly drawn timesteps."""
     from probekit.models import ddpm
 
     return ddpm.loss(network, images, generator, ddpm_scheduler())
@@ -250,7 +255,7 @@ def build_ldm() -> nn.Module:
     from diffusers import UNet2DModel
 
     return UNet2DModel(
-        sample_size=IMAGE_SIZE // 4, block_out_channels=(64, 96), layers_per_block=2, norm_num_groups=8, attention_head_dim=16,
+        sample_size=IMAGE_SIZE // 4, block_out_channels=(64, 80), layers_per_block=1, norm_num_groups=8, attention_head_dim=16,
         down_block_types=("AttnDownBlock2D",) * 2, up_block_types=("AttnUpBlock2D",) * 2,
     )  # fmt: skip
 
@@ -270,7 +275,7 @@ def _scaled_grid(images: Images) -> Tensor:
 
 
 def ldm_loss(network: Any, images: Images, generator: torch.Generator) -> tuple[Tensor, Numbers]:
-    """`ddpm_loss` on the grid of the trained VQ-VAE, scaled to a variance of 1 (Rombach et al. 2022, equation 2)."""
+    """`ddpm_loss` on the grid of the trained VQ-VAE, scaled to a variance of 1 (Rombach et al. 2022, section 3.3)."""
     return ddpm_loss(network, _scaled_grid(images), generator)
 
 
@@ -333,12 +338,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "avatar-flow": Family(
         build_flow, flow_loss, _save_own("glow"), Schedule(steps=5_000, learning_rate=1e-3, weight_decay=0.0), batch=32,
-        keep=(100, 300, 700, 1_500, 2_500, 3_500),
+        keep=(100, 300, 700, 1_500, 3_500),
     ),
     "avatar-ddpm": Family(
         build_ddpm, ddpm_loss, _save_ddpm,
         Schedule(steps=6_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=32,
-        keep=(100, 200, 400, 700, 1_100, 1_700, 2_600, 4_000),
+        keep=(100, 200, 400, 700, 1_100, 1_700, 2_600),
     ),
     "mini-flow": Family(
         build_ddpm, rectified_flow_loss, _save_rectified_flow,
@@ -346,6 +351,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "avatar-ldm": Family(
         build_ldm, ldm_loss, _save_ldm,
-        Schedule(steps=10_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=64,
+        Schedule(steps=8_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=64,
     ),
 }  # fmt: skip
