@@ -266,6 +266,8 @@ def test_z_holds_the_levels_in_order_of_images_at_half_their_range() -> None:
 def test_decoded_images_stay_in_range() -> None:
     decoded = model(glow(), "flow", 32).space("z").decode(20 * torch.randn(2, 3072, generator=seeded(0)))
     assert decoded.min() == -1 and decoded.max() == 1
+    burst = model(glow(), "flow", 32).space("z").decode(torch.full((1, 3072), float("inf")))
+    assert torch.isfinite(burst).all()  # what overflows is still a picture
 
 
 def test_images_of_another_size_are_refused() -> None:

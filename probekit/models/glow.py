@@ -367,7 +367,8 @@ def model(network: Glow, name: str, image_size: int) -> Model:
 
     Both hold an image of 3 * h * w pixels in as many values, first level first. eps = (z - mean) / sd by the learned priors, so
     that under the model it is standard normal. Both sample at temperature 0.7, the same images for the same generator. What
-    latents decode to is clipped to [-1, 1].
+    latents decode to is clipped to [-1, 1], and grey where the inverse overflows, as a flow's may for latents that no image has
+    (Behrmann et al. 2021).
 
     Raises ProbekitError for a network not of RGB images or not initialised, and for an image size that it cannot take.
     """
@@ -393,7 +394,7 @@ def model(network: Glow, name: str, image_size: int) -> Model:
         return [level.reshape(len(level), *shape) for level, shape in zip(parts, shapes, strict=True)]
 
     def decode(latents: Tensor, reconstruct: bool) -> Tensor:
-        return (network.reverse(part(latents), reconstruct) * 2).clamp(-1, 1).cpu()
+        return (network.reverse(part(latents), reconstruct) * 2).nan_to_num(nan=0.0).clamp(-1, 1).cpu()
 
     def sample(n: int, generator: torch.Generator) -> Tensor:
         return TEMPERATURE * torch.randn(n, sum(sizes), generator=generator, device=generator.device).cpu()
