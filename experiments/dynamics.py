@@ -71,8 +71,8 @@ def flow(
 @app.command()
 def diffusion(
     model: Training = MODEL,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 100,
-    n: Annotated[int, typer.Option(min=16, help="How many noises, the same for every checkpoint.")] = 512,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
+    n: Annotated[int, typer.Option(min=16, help="How many noises, the same for every checkpoint.")] = 256,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
     device: Device = "auto",

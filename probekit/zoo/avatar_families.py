@@ -72,7 +72,7 @@ def evaluate(name: str, n: int, seed: int) -> list[Measured]:
     index = avatars.split("test")[:n]
     generator = torch.Generator().manual_seed(seed)
     test = avatars.images(index)
-    truth = torch.from_numpy(avatars.labels(index).to_numpy())
+    truth = torch.tensor(avatars.labels(index).to_numpy())
     drawn = avatars.images(torch.randint(TRAIN, (len(index),), generator=generator).numpy())
     reader = avatar_reader.load(weights("avatar-reader"))
 
