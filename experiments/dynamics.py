@@ -147,8 +147,12 @@ def probe_checkpoints(opened: Run, places: dict[int, Place], codes: Codes) -> pd
                 low, high = share_interval(round(row.accuracy * row.test), row.test)
                 rows.append({"step": step, "attribute": row.attribute, "accuracy": 100 * row.accuracy,
                              "low": 100 * low, "high": 100 * high, "n": row.test})  # fmt: skip
-            opened.write(f"step-{step:09d}", pd.DataFrame(rows), {})
-    return opened.collect([f"step-{step:09d}" for step in places])
+            columns = ["step", "attribute", "accuracy", "low", "high", "n"]
+            opened.write(f"step-{step:09d}", pd.DataFrame(rows, columns=columns), {})
+    found = opened.collect([f"step-{step:09d}" for step in places])
+    if found.empty:
+        raise ProbekitError(f"--train {options['train']}: too few images with, or without, any of the attributes")
+    return found
 
 
 def sampling_checkpoints(model: str, places: dict[int, Place], steps: int, batch_size: int) -> dict[int, Denoising]:

@@ -6,6 +6,7 @@ The paper expects that edit directions can be carried over by the linear map; th
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,7 +87,10 @@ def edit_all(opened: Run, places: list[Place], codes: Codes, names: list[str]) -
         for target in waiting:
             _edit_in(opened, target, places, codes, names)
             advance(1)
-    return opened.collect([_unit(place) for place in places])
+    rows = opened.collect([_unit(place) for place in places])
+    if rows.empty:
+        raise ProbekitError(f"--test {opened.config['options']['test']}: no image is without {' or '.join(names)}")
+    return rows
 
 
 def _unit(place: Place) -> str:
@@ -124,14 +128,15 @@ def _edit_in(opened: Run, target: Place, places: list[Place], codes: Codes, name
         own = directions[target.name, name]
         noise = draw.standard_normal(own.shape)
         directions[RANDOM, name] = noise * (np.linalg.norm(own) / np.linalg.norm(noise))
-    exact = {name: _counterfactual_step(target, name, options["seed"]) for name in names}
+    true = {name: _Counterfactuals.of(target, name, options["seed"]) for name in names}
     plain = _decode(target, ours)
     read_plain = reader.read(plain).numpy()
     rows: list[dict[str, Any]] = []
     pictures: dict[str, Tensor] = {}
     for (source_name, name), step in directions.items():
         without = np.flatnonzero(~truth[name].to_numpy() & ~read_plain[:, index[name]])
-        cosine = float(step @ exact[name] / max(np.linalg.norm(step) * np.linalg.norm(exact[name]), 1e-12))
+        exact = true[name].step
+        cosine = float(step @ exact / max(np.linalg.norm(step) * np.linalg.norm(exact), 1e-12))
         for strength in STRENGTHS:
             if len(without) == 0:
                 continue
@@ -142,11 +147,16 @@ def _edit_in(opened: Run, target: Place, places: list[Place], codes: Codes, name
             low, high = share_interval(int(given.sum()), len(given))
             rows.append({"source": source_name, "target": target.name, "attribute": name, "strength": strength,
                          "success": given.mean(), "low": low, "high": high, "kept": others.mean(), "cosine": cosine,
-                         "n": len(without)})  # fmt: skip
+                         "apart": np.nan, "apart_unedited": true[name].apart, "n": len(without)})  # fmt: skip
             if strength == 1.0:
                 pictures[f"{source_name.replace('/', '_')}-{name}"] = torch.cat(list(edited[:4]), dim=2)
                 pictures[f"plain-{name}"] = torch.cat(list(plain[torch.from_numpy(without[:4])]), dim=2)
-    opened.write(_unit(target), pd.DataFrame(rows), pictures)
+        if len(without):
+            best = max(rows[-len(STRENGTHS) :], key=lambda row: (row["success"], -row["strength"]))
+            best["apart"] = true[name].distance(np.float32(best["strength"]) * step.astype(np.float32))
+    columns = ["source", "target", "attribute", "strength", "success", "low", "high", "kept", "cosine", "apart",
+               "apart_unedited", "n"]  # fmt: skip
+    opened.write(_unit(target), pd.DataFrame(rows, columns=columns), pictures)
 
 
 def _direction(latents: np.ndarray, has: np.ndarray) -> np.ndarray:
@@ -156,19 +166,52 @@ def _direction(latents: np.ndarray, has: np.ndarray) -> np.ndarray:
     return (latents[has].mean(0) - latents[~has].mean(0)).astype(np.float64)
 
 
-def _counterfactual_step(place: Place, name: str, seed: int, pairs: int = 32) -> np.ndarray:
-    """The mean step between the codes of avatars that differ in this attribute only: what an edit should be."""
-    import numpy as np
+@dataclass(frozen=True)
+class _Counterfactuals:
+    """Avatars that differ in one attribute only: what an edit should have done. apart: LPIPS between the two, not edited."""
+
+    place: Place
+    without: np.ndarray
+    with_: np.ndarray
+    pictures: Tensor
+    apart: float
+
+    @classmethod
+    def of(cls, place: Place, name: str, seed: int, pairs: int = 32) -> _Counterfactuals:
+        import numpy as np
+        import torch
+
+        from probekit.data.avatars import TRAIN, counterfactual
+
+        both = [counterfactual(TRAIN + i, name) for i in range(pairs)]
+        size = place.model.image_size
+        pictures = [torch.from_numpy(np.stack([p[k].draw(size) for p in both])).float() / 127.5 - 1 for k in (0, 1)]
+        generators = [torch.Generator().manual_seed(seed) for _ in range(2)]  # what is drawn is drawn alike
+        codes = (place.space.encode(x, g).flatten(1).numpy() for x, g in zip(pictures, generators, strict=True))
+        without, with_ = codes
+        return cls(place, without, with_, pictures[1], _apart(_decode(place, without), pictures[1]))
+
+    @property
+    def step(self) -> np.ndarray:
+        """The mean step from the code of the avatar without the attribute to that of the one with it."""
+        import numpy as np
+
+        return (self.with_ - self.without).mean(0).astype(np.float64)
+
+    def distance(self, step: np.ndarray) -> float:
+        """Mean LPIPS between the avatars without the attribute, moved by a step, and those with it."""
+        return _apart(_decode(self.place, self.without + step), self.pictures)
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
     import torch
+    import torch.nn.functional as F
 
-    from probekit.data.avatars import TRAIN, counterfactual
+    from probekit.metrics import lpips
 
-    both = [counterfactual(TRAIN + i, name) for i in range(pairs)]
-    size = place.model.image_size
-    without, with_ = (torch.from_numpy(np.stack([p[k].draw(size) for p in both])).float() / 127.5 - 1 for k in (0, 1))
-    generators = [torch.Generator().manual_seed(seed) for _ in range(2)]  # what is drawn is drawn alike
-    a, b = (place.space.encode(x, g).flatten(1).numpy() for x, g in zip((without, with_), generators, strict=True))
-    return (b - a).mean(0).astype(np.float64)
+    with torch.no_grad():
+        large = (F.interpolate(x, (64, 64), mode="bilinear") if x.shape[-1] < 64 else x for x in (a, b))
+        return lpips.network()(*large).mean().item()
 
 
 def _decode(place: Place, latents: np.ndarray) -> Tensor:

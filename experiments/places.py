@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from probekit.latents.store import LatentStore
     from probekit.models import Model
 
-MODELS = "avatar-vae,avatar-vqvae,avatar-gan,avatar-flow,avatar-ddpm:noised"
-"""The paper's five, each in the space that it used."""
+MODELS = "avatar-vae,avatar-vqvae,avatar-gan,avatar-flow,avatar-ddpm:noised,avatar-ddpm:h"
+"""The paper's five, each in the space that it used, and beyond it the diffusion model's h-space, which cannot decode."""
 Models = Annotated[str, typer.Option(help="Models or model:space, separated by commas; file.py:Class for a model of your own.")]
 Data = Annotated[str, typer.Option(help="avatars, celeba:PATH, folder:PATH or a folder.")]
 Train = Annotated[int, typer.Option(min=10, help="Images that maps and probes are fitted on.")]
@@ -67,7 +67,7 @@ class Codes:
             latents = self.data.latents(index).flatten(1).numpy()
         else:
             latents = self._store(place).read(index)
-        if float(latents.std(0).max()) == 0:
+        if not (latents != latents[0]).any():
             raise ProbekitError(f"space {str(place.space)!r}: gives every image the same latent")
         return latents
 
@@ -81,6 +81,7 @@ class Codes:
 def load_places(models: str, device: str, *, baseline: bool = False) -> list[Place]:
     """The spaces that `--models` names, and with `baseline` the random encoder beside them.
 
+    Convolutional models among others take the others' image size, as All Roads has it with the VQ-VAE made for 256 pixels.
     Raises ProbekitError where it names none, one twice, or one that cannot be loaded.
     """
     from probekit.models import load_space
@@ -92,7 +93,16 @@ def load_places(models: str, device: str, *, baseline: bool = False) -> list[Pla
         raise ProbekitError(f"--models {models!r}: {sorted(twice)[0]!r} stands there twice")
     if baseline and "random" not in names:
         names.append("random")
-    return [Place(name, *load_space(name, device=device)) for name in names]
+    places = [Place(name, *load_space(name, device=device)) for name in names]
+    fixed = {p.model.image_size for p in places if p.model.at_size is None and p.model.family != "random"}
+    return [_at_size(place, *fixed) if len(fixed) == 1 else place for place in places]
+
+
+def _at_size(place: Place, size: int) -> Place:
+    if place.model.at_size is None or place.model.image_size == size:
+        return place
+    model = place.model.at_size(size)
+    return Place(place.name, model, model.space(place.space.name))
 
 
 def image_sets(places: list[Place], data: str, train: int, test: int, seed: int, *, samples: bool = True) -> dict[str, Codes]:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Read attributes off latent spaces with linear probes.", no_args_is_help=True)
 
+NAN = float("nan")
 MODELS = "avatar-vae,avatar-vqvae,avatar-flow,avatar-ddpm:noised,avatar-ddpm:h"
 """The paper's encoders, and beyond them the diffusion model's h-space."""
 
@@ -72,14 +73,16 @@ def run(
 
 def probe_all(opened: Run, places: list[Place], codes: Codes) -> pd.DataFrame:
     """Probes of every space, then every map between two; then all rows."""
+
     labels = codes.data.labels(codes.train)
-    binary = [name for name in labels if labels[name].dtype == bool]
-    if not binary:
-        raise ProbekitError(f"--data {opened.config['options']['data']!r}: has no binary labels to probe for")
+    if labels.shape[1] == 0:
+        raise ProbekitError(f"--data {opened.config['options']['data']!r}: has no labels to probe for")
     encode_all([(place, codes) for place in places])
-    probes = {place.name: _probes(opened, place, codes, labels[binary]) for place in places}
+    probes = {place.name: _probes(opened, place, codes, labels) for place in places}
+    if not (attributes := probes[places[0].name].attributes):
+        return opened.collect([_unit("probes", place) for place in places])
     own = {place.name: probes[place.name].predict(codes.of(place, "test")) for place in places}
-    truth = codes.data.labels(codes.test)[binary]
+    truth = codes.data.labels(codes.test)[attributes]
     waiting = [place for place in places if not opened.finished(_unit("maps", place))]
     with progress("mapping", len(places), done=len(places) - len(waiting)) as advance:
         for source in waiting:
@@ -96,10 +99,14 @@ def _unit(what: str, place: Place) -> str:
 
 
 def _probes(opened: Run, place: Place, codes: Codes, labels: pd.DataFrame) -> Probes:
-    """The probes of a space: those kept in the run's folder, or new ones, written there."""
+    """The probes of a space: those kept in the run's folder, or new ones, written there.
+
+    Labels that are not binary are read, too, but only in their own space: those rows have the measures r2 and accuracy of
+    classes, each beside its baseline.
+    """
     import pandas as pd
 
-    from probekit.latents.probes import DEFAULT_LASSO_ALPHA, LASSO_ALPHA, Probes, fit_probes
+    from probekit.latents.probes import DEFAULT_LASSO_ALPHA, LASSO_ALPHA, Probes, fit_probes, probe_values
     from probekit.metrics.distributions import share_interval
 
     file = opened.folder / "probes" / f"{_unit('probes', place)}.npz"
@@ -107,15 +114,31 @@ def _probes(opened: Run, place: Place, codes: Codes, labels: pd.DataFrame) -> Pr
         return Probes.load(file)
     options = opened.config["options"]
     weight = LASSO_ALPHA.get(place.model.family, DEFAULT_LASSO_ALPHA) if options["kind"] == "lasso" else 1.0
+    binary, latents = labels.select_dtypes(bool), codes.of(place, "train")
     with progress(f"probing {place.name}", labels.shape[1]) as advance:
-        fitted = fit_probes(
-            codes.of(place, "train"), labels, options["kind"], weight, options["seed"], on_probe=lambda name: advance(1)
-        )
-    rows = []
+        fitted = fit_probes(latents, binary, options["kind"], weight, options["seed"], on_probe=lambda name: advance(1))
+        others = labels.drop(columns=list(binary))
+        read = probe_values(latents, others, seed=options["seed"], on_probe=lambda name: advance(1))
+    rows: list[dict[str, Any]] = []
+
+    def add(attribute: str, measure: str, value: float, n: int, low: float = NAN, high: float = NAN, note: str = "") -> None:
+        rows.append({"source": "", "target": place.name, "attribute": attribute, "measure": measure, "value": value,
+                     "low": low, "high": high, "n": n, "note": note})  # fmt: skip
+
     for row in fitted.scores.itertuples():
         low, high = share_interval(round(row.accuracy * row.test), row.test)
-        rows.append({"source": "", "target": place.name, "attribute": row.attribute, "measure": "accuracy",
-                     "value": 100 * row.accuracy, "low": 100 * low, "high": 100 * high, "n": row.test})  # fmt: skip
+        note = "" if row.converged else "did not converge"
+        add(row.attribute, "accuracy", 100 * row.accuracy, row.test, 100 * low, 100 * high, note)
+        add(row.attribute, "coefficients", row.nonzero, row.train)
+    for attribute, reason in fitted.skipped.items():
+        add(attribute, "skipped", NAN, 0, note=reason)
+    for row in read.itertuples():
+        if row.skipped:
+            add(row.label, "skipped", NAN, 0, note=row.skipped)
+            continue
+        measure, scale = ("r2", 1) if row.measure == "r2" else ("accuracy of classes", 100)
+        add(row.label, measure, scale * row.score, row.test)
+        add(row.label, f"{measure}, baseline", scale * row.baseline, row.test)
     fitted.save(file)
     opened.write(_unit("probes", place), pd.DataFrame(rows), {})
     return fitted
@@ -146,10 +169,10 @@ def _map(
         change = percent_change(_balanced_accuracy(before, real), _balanced_accuracy(said, real))
         for i, attribute in enumerate(attributes):
             low, high = share_interval(int((before[:, i] == said[:, i]).sum()), len(said))
-            base = {"source": source.name, "target": target.name, "attribute": attribute, "n": len(said)}
+            base = {"source": source.name, "target": target.name, "attribute": attribute, "n": len(said), "note": ""}
             rows.append(base | {"measure": "match", "value": match[i], "low": 100 * low, "high": 100 * high})
             rows.append(base | {"measure": "change", "value": change[i], "low": np.nan, "high": np.nan})
-    columns = ["source", "target", "attribute", "measure", "value", "low", "high", "n"]
+    columns = ["source", "target", "attribute", "measure", "value", "low", "high", "n", "note"]
     opened.write(_unit("maps", source), pd.DataFrame(rows, columns=columns), {})
 
 

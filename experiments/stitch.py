@@ -28,6 +28,8 @@ from probekit.experiments.places import (
     progress,
 )  # fmt: skip
 
+from probekit.errors import ProbekitError
+
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
@@ -64,16 +66,32 @@ def run(
 
     penalty(alpha, "vae", "vae")  # refuses what is no penalty before anything is computed
     places = load_places(models, device, baseline=True)
+    if all(place.space.decoder is None for place in places):
+        raise ProbekitError(f"--models {models!r}: none of them can decode")
     sets = image_sets(places, data, train, test, seed)
+    distance = frechet_distance()
     options: dict[str, Any] = {
         "models": {p.name: f"{p.model.family} {p.model.digest}" for p in places}, "data": data,
         "data_digest": {name: codes.data.digest for name, codes in sets.items()}, "train": train, "test": test,
-        "alpha": alpha, "seed": seed,
+        "alpha": alpha, "frechet": distance, "seed": seed,
     }  # fmt: skip
     folder = out or default_folder("stitch-run", Path(data).name, options)
     opened = Run(folder, "stitch-run", options, sys.argv)
     rows = stitch_all(opened, places, sets)
     show(folder, opened.config | {"command": sys.argv}, rows)
+
+
+def frechet_distance() -> str:
+    """The Fréchet distance that can be had: FID with the paper's 64 features, or fd-alexnet."""
+    import torch
+
+    from probekit.metrics.distributions import inception_features
+
+    try:
+        inception_features(torch.zeros(1, 3, 32, 32), 64)
+    except ProbekitError:
+        return "fd-alexnet"
+    return "FID, 64 features"
 
 
 def pairs(places: list[Place], sets: dict[str, Codes]) -> Iterator[tuple[Place, Place, str, Codes]]:
@@ -127,7 +145,7 @@ def _stitch(opened: Run, unit: str, source: Place, target: Place, name: str, cod
 
     from probekit.latents.maps import LinearMap
     from probekit.metrics import lpips
-    from probekit.metrics.distributions import alexnet_features, bootstrap, frechet
+    from probekit.metrics.distributions import alexnet_features, bootstrap, frechet, inception_features
     from probekit.metrics.similarity import cka, mutual_knn
 
     options = opened.config["options"]
@@ -152,11 +170,12 @@ def _stitch(opened: Run, unit: str, source: Place, target: Place, name: str, cod
         large = [F.interpolate(x, (64, 64), mode="bilinear") if x.shape[-1] < 64 else x for x in (images, true)]
         parts = zip(*(torch.split(x, 50) for x in large), strict=True)
         errors["LPIPS"] = torch.cat([lpips.network()(a, b).flatten() for a, b in parts]).numpy()
-    one, two = alexnet_features(images).numpy(), alexnet_features(true).numpy()
+    features = alexnet_features if options["frechet"] == "fd-alexnet" else lambda x: inception_features(x, 64)
+    one, two = features(images).numpy(), features(true).numpy()
     drawn_by = "" if codes.drawn_by is None else codes.drawn_by.name
     measured = {what: (*bootstrap(values, seed=options["seed"]), len(values)) for what, values in errors.items()}
     resampled = bootstrap(lambda rows: frechet(one[rows], two[rows]), len(one), seed=options["seed"], resamples=100)
-    measured["fd-alexnet"] = (*resampled, len(one))
+    measured[options["frechet"]] = (*resampled, len(one))
     if source is not target:
         # without any map: of how alike the two spaces see the same images
         here, there = (codes.of(place, "train")[:COMPARED] for place in (source, target))

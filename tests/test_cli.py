@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,29 @@ from probekit.report.images import load_png
 
 PROBEKIT = [sys.executable, "-c", "from probekit.cli import main; main()"]
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+
+def killed_once(arguments: Sequence[object], cwd: Path, out: str) -> dict[Path, int]:
+    """Start a run, kill it after its first unit, start it again; the first units and when they were written."""
+    process = subprocess.Popen(
+        [*PROBEKIT, *map(str, arguments), "--out", out],
+        env=OFFLINE,
+        cwd=cwd,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    units = cwd / out / "units"
+    while process.poll() is None and not (units.exists() and any(units.glob("*.parquet"))):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (cwd / out / "results.parquet").exists(), "it was over before it could be killed"
+    finished = {path: path.stat().st_mtime_ns for path in units.glob("*.parquet")}
+    assert finished
+    again = probekit(*arguments, "--out", out, cwd=cwd)
+    assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished  # what was done is not done again
+    return finished
 
 
 def probekit(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from probekit.errors import ProbekitError
 from probekit.models import glow
 from probekit.report.dynamics import plateaus
 from probekit.zoo.avatar_families import _save_own
-from tests.test_cli import probekit
+from tests.test_cli import killed_once, probekit
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,13 @@ def test_every_checkpoint_is_probed_in_order(training: Path, tmp_path: Path) -> 
     assert rows.groupby("step").accuracy.mean().min() > 75  # a flow loses nothing: pixels can be read off it from the start
     assert ((rows.low <= rows.accuracy) & (rows.accuracy <= rows.high)).all()
     assert "40" in (tmp_path / "run" / "report.html").read_text()
-    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "units").iterdir()}
-    assert probekit(*run, cwd=tmp_path).returncode == 0
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "units").iterdir()} == kept
+    killed_once(run[:-2], tmp_path, "killed")
+    assert (tmp_path / "killed" / "results.parquet").read_bytes() == (tmp_path / "run" / "results.parquet").read_bytes()
+
+
+def test_too_few_images_for_any_probe_are_refused_in_one_line(training: Path, tmp_path: Path) -> None:
+    refused = probekit("dynamics", "flow", "--model", training, "--train", "10", "--out", "run", cwd=tmp_path)
+    assert refused.returncode == 2 and "--train 10: too few images" in refused.stderr and refused.stderr.count("\n") == 1
 
 
 def test_an_attribute_stands_from_where_it_no_longer_leaves_the_last_interval() -> None:

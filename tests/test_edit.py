@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.test_cli import probekit
+from tests.test_cli import killed_once, probekit
 
 OWN = '''
 import torch
@@ -63,9 +63,11 @@ def test_a_direction_carried_from_a_rotated_copy_does_what_ones_own_does(folder:
     assert (own.cosine > 0.5).all() and (rows.xs("random direction", level="source").cosine.abs() < 0.2).all()
     assert (own.kept > 0.8).all()
     assert (folder / "run" / "images" / "._own.py_Half" / "plain-Eyeglasses.png").exists()
-    kept = {p: p.stat().st_mtime_ns for p in (folder / "run" / "units").iterdir()}
-    assert probekit(*run, cwd=folder).returncode == 0
-    assert {p: p.stat().st_mtime_ns for p in (folder / "run" / "units").iterdir()} == kept
+    # by the best of the strengths nearer to the avatar that really has the attribute than without an edit
+    best = rows[(rows.apart.notna()) & (rows.index.get_level_values("source") != "random direction")]
+    assert len(best) == 8 and (best.apart < best.apart_unedited).all()
+    killed_once(run[:-2], folder, "killed")
+    assert (folder / "killed" / "results.parquet").read_bytes() == (folder / "run" / "results.parquet").read_bytes()
     assert probekit("describe", "run", cwd=folder).returncode == 0
 
 
@@ -75,6 +77,7 @@ def test_a_direction_carried_from_a_rotated_copy_does_what_ones_own_does(folder:
         (["--models", "./own.py:Half,./own.py:Blind"], "Blind cannot decode"),
         (["--models", "./own.py:Half", "--attributes", "Charm"], "--attributes 'Charm'"),
         (["--models", "./own.py:Half", "--data", "folder:."], "avatars only"),
+        (["--models", "./own.py:Half", "--attributes", "No_Beard", "--test", "2"], "--test 2: no image is without No_Beard"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(folder: Path, options: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,4 +90,4 @@ def test_bad_input_is_refused_in_one_line(folder: Path, options: list[str], said
     with pytest.raises(ProbekitError) as error:
         typer.main.get_command(app)([*RUN[1:], "--out", "run", *options], standalone_mode=False)
     assert said in str(error.value) and "\n" not in str(error.value)
-    assert not (folder / "run").exists()
+    assert not (folder / "run" / "results.parquet").exists() or "no image" in said

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
-from tests.test_cli import OFFLINE, PROBEKIT, probekit
+from tests.test_cli import killed_once, probekit
 from tests.test_stitch import OWN
 
 RUN = ["probe", "run", "--train", "600", "--test", "100", "--models", "./own.py:Pixels,./own.py:Rotated", "--kind", "ridge"]
@@ -32,24 +30,44 @@ def test_what_can_be_read_off_a_space_survives_a_map_that_loses_nothing(folder: 
     assert match["random", "./own.py:Pixels"] < 90
     change = rows[rows.measure == "change"].groupby(["source", "target"]).value.mean()
     assert abs(change["./own.py:Pixels", "./own.py:Rotated"]) < 0.1 and change["random", "./own.py:Rotated"] < -25
-    assert ((rows.low <= rows.value + 1e-9) & (rows.value <= rows.high + 1e-9))[rows.measure != "change"].all()
+    intervals = rows[rows.measure.isin(["accuracy", "match"])]
+    assert ((intervals.low <= intervals.value + 1e-9) & (intervals.value <= intervals.high + 1e-9)).all()
+    chance = rows[(rows.measure == "accuracy") & (rows.target == "random")]
+    assert (abs(chance.value - 50) <= 4 * 50 / np.sqrt(chance.n)).all()  # every probe by itself, to four standard errors
     assert "Represented most alike" in (folder / "run" / "report.html").read_text()
     assert probekit("describe", "run", cwd=folder).returncode == 0
 
 
+def test_numbers_and_classes_are_read_and_what_is_not_probed_is_said(folder: Path) -> None:
+    (folder / "images").mkdir()
+    draw = np.random.default_rng(0)
+    lines = ["image,brightness,kind,left,seldom"]
+    for i in range(80):
+        light, left = int(draw.integers(40, 216)), bool(draw.integers(2))
+        pixels = np.full((32, 32, 3), light, dtype=np.uint8)
+        pixels[:, :16] = pixels[:, :16] // 2 if left else pixels[:, :16]
+        Image.fromarray(pixels).save(folder / "images" / f"{i:02d}.png")
+        lines.append(f"{i:02d}.png,{light / 255:.3f},{['dark', 'mid', 'light'][(light - 40) // 59]},{left:d},0")
+    (folder / "labels.csv").write_text("\n".join(lines))
+    data = ["--data", "folder:images,labels=labels.csv", "--train", "60", "--test", "20"]
+    done = probekit(*RUN[:2], *RUN[6:], *data, "--out", "run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    rows = pd.read_parquet(folder / "run" / "results.parquet").set_index(["target", "attribute", "measure"])
+    assert rows.value["./own.py:Pixels", "brightness", "r2"] > 0.95 > 0.3 > rows.value["random", "brightness", "r2"]
+    assert rows.value["./own.py:Pixels", "kind", "accuracy of classes"] > 60
+    assert rows.value["./own.py:Pixels", "left", "accuracy"] > 90
+    said = "seldom: 0 of 60 images are with it, 10 are needed"
+    assert said in done.stdout and said in (folder / "run" / "report.html").read_text()
+
+
+def test_a_run_whose_labels_are_all_too_rare_ends_with_its_reasons(folder: Path) -> None:
+    done = probekit(*RUN[:2], "--train", "12", "--test", "4", *RUN[6:], "--out", "run", cwd=folder)
+    assert done.returncode == 0 and "Eyeglasses: " in done.stdout, done.stderr
+
+
 def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(folder: Path) -> None:
     assert probekit(*RUN, "--out", "whole", cwd=folder).returncode == 0
-    process = subprocess.Popen([*PROBEKIT, *RUN, "--out", "killed"], env=OFFLINE, cwd=folder, stdout=subprocess.DEVNULL)
-    units = folder / "killed" / "units"
-    while process.poll() is None and not (units.exists() and any(units.glob("probes-*.parquet"))):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (folder / "killed" / "results.parquet").exists(), "it was over before it could be killed"
-    finished = {p: p.stat().st_mtime_ns for p in (folder / "killed" / "probes").glob("*.npz")}
-    assert finished
-    assert probekit(*RUN, "--out", "killed", cwd=folder).returncode == 0
-    assert {p: p.stat().st_mtime_ns for p in finished} == finished
+    killed_once(RUN, folder, "killed")
     for name in ("results.parquet", "figures/match.svg"):
         assert (folder / "killed" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
 

@@ -1,16 +1,14 @@
 from __future__ import annotations
 
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from probekit.report.images import load_png
-from tests.test_cli import OFFLINE, PROBEKIT, probekit
+from tests.test_cli import killed_once, probekit
 
 OWN = '''
 import torch
@@ -61,18 +59,39 @@ class Broken(Pixels):
         return "nothing"
 
 
-class Constant(Pixels):
+class Constant:
     """Sees nothing."""
 
+    image_size = 32
+
     def encode(self, images):
-        return torch.zeros(len(images), 4)
+        return torch.full((len(images), 4), 0.1)
 
 
-class Endless(Pixels):
+class Endless:
     """Divides by nothing."""
+
+    image_size = 32
 
     def encode(self, images):
         return images[:, 0, 0] / (1 if images.abs().sum() == 0 else 0)
+
+
+class Doubled(Pixels):
+    """Decodes to another size than it says."""
+
+    def decode(self, latents):
+        return F.interpolate(latents, scale_factor=8)
+
+
+class Weighted(Pixels):
+    """Has weights in a file."""
+
+    def __init__(self):
+        self.weight = torch.load("weight.pt")
+
+    def encode(self, images):
+        return super().encode(images) * self.weight
 
 
 class Larger(Pixels):
@@ -116,7 +135,8 @@ def test_models_of_ones_own_from_start_to_report(folder: Path) -> None:
     truth, stitched = (load_png(pictures / f) for f in ("true-0.png", "0.png"))
     assert 0.02 < (truth - stitched).abs().mean() < 0.3
     assert sorted(p.name for p in (folder / "run" / "figures").glob("*.svg")) == [
-        "latent-mse.svg", "measures.svg", "reconstructions.svg", "samples-1.svg", "similarity.svg"
+        "from-1.svg", "latent-mse.svg", "measures.svg", "more-reconstructions.svg", "reconstructions.svg", "samples-1.svg",
+        "similarity.svg",
     ]  # fmt: skip
     page = (folder / "run" / "report.html").read_text()
     assert "Stitched reconstructions of avatars" in page and "Painter" in page
@@ -139,19 +159,7 @@ def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(fol
     assert whole.returncode == 0, whole.stderr
     for latents in (folder / "runs").rglob("*.parquet"):
         latents.unlink()  # the killed run encodes anew
-    process = subprocess.Popen(
-        [*PROBEKIT, *RUN, *models, "--out", "killed"], env=OFFLINE, cwd=folder, stdout=subprocess.DEVNULL
-    )
-    units = folder / "killed" / "units"
-    while process.poll() is None and not (units.exists() and any(units.glob("*.parquet"))):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (folder / "killed" / "results.parquet").exists(), "it was over before it could be killed"
-    finished = {p: p.stat().st_mtime_ns for p in units.glob("*.parquet")}
-    assert finished
-    assert probekit(*RUN, *models, "--out", "killed", cwd=folder).returncode == 0
-    assert {p: p.stat().st_mtime_ns for p in finished} == finished
+    killed_once([*RUN, *models], folder, "killed")
     for name in ("results.parquet", "figures/measures.svg"):
         assert (folder / "killed" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
 
@@ -162,8 +170,10 @@ def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(fol
         (["--models", "./own.py:Nobody"], "no class 'Nobody'"),
         (["--models", "./nowhere.py:Pixels"], "cannot be read"),
         (["--models", "./own.py:Broken"], "must return a tensor"),
-        (["--models", "./own.py:Constant"], "own.py:Constant:latent': gives every image the same latent"),
-        (["--models", "./own.py:Endless"], "own.py:Endless:latent': gives latents that are not finite"),
+        (["--models", "./own.py:Doubled"], "decode must return images (1, 3, 32, 32), not (1, 3, 64, 64)"),
+        (["--models", "random,./own.py:Constant"], "none of them can decode"),
+        (["--models", "./own.py:Pixels,./own.py:Constant"], "own.py:Constant:latent': gives every image the same latent"),
+        (["--models", "./own.py:Pixels,./own.py:Endless"], "own.py:Endless:latent': gives latents that are not finite"),
         (["--models", "./own.py:Pixels,./own.py:Larger"], "different image sizes"),
         (["--models", "./own.py:Pixels,./own.py:Pixels"], "stands there twice"),
         (["--models", "random:w"], "no space 'w'; it has normal"),
@@ -186,6 +196,50 @@ def test_bad_input_is_refused_in_one_line(folder: Path, options: list[str], said
         typer.main.get_command(app)([*RUN[1:], "--out", "run", *options], standalone_mode=False)
     assert said in str(error.value) and "\n" not in str(error.value)
     assert not (folder / "run" / "results.parquet").exists()
+
+
+def test_more_samples_a_moved_model_and_new_weights_are_told_apart(folder: Path) -> None:
+    few = ["stitch", "run", "--train", "120", "--test", "10", "--models", "./own.py:Pixels,./own.py:Painter"]
+    assert probekit(*few, "--out", "few", cwd=folder).returncode == 0
+    few[3] = "140"  # the painter's samples end elsewhere now
+    assert probekit(*few, "--out", "more", cwd=folder).returncode == 0
+    few[7] = f"{folder}/own.py:Pixels"  # the same model by another path
+    moved = probekit(*few, "--out", "moved", cwd=folder)
+    assert moved.returncode == 0, moved.stderr
+    digests = []
+    for weight in (1.0, 2.0):
+        torch.save(torch.tensor(weight), folder / "weight.pt")
+        few[7] = "./own.py:Weighted"
+        done = probekit(*few, "--out", f"weight-{weight}", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        digests.append(
+            pd.read_json(folder / f"weight-{weight}" / "config.json", typ="series").options["models"]["./own.py:Weighted"]
+        )
+    assert digests[0] != digests[1]
+
+
+def test_noise_that_two_models_draw_has_nothing_in_common() -> None:
+    from probekit.latents.space import generator
+
+    draws = [torch.randn(1000, generator=generator(name, "sample", 0, 3)) for name in ("one", "two")]
+    assert abs(torch.corrcoef(torch.stack(draws))[0, 1]) < 0.15
+    assert torch.equal(draws[0], torch.randn(1000, generator=generator("one", "sample", 0, 3)))
+
+
+def test_a_convolutional_model_takes_the_others_image_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import VQModel
+    from probekit.experiments.places import load_places
+
+    torch.manual_seed(0)
+    VQModel(sample_size=256, block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
+            up_block_types=("UpDecoderBlock2D",) * 2, num_vq_embeddings=16).save_pretrained(tmp_path / "vq")  # fmt: skip
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    vq, _ = load_places("./vq,./own.py:Larger", "cpu")
+    assert vq.model.image_size == 64 and vq.space.shape == (3, 32, 32)
+    assert vq.space.decode(vq.space.encode(torch.zeros(1, 3, 64, 64))).shape == (1, 3, 64, 64)
+    (alone,) = load_places("./vq", "cpu")
+    assert alone.model.image_size == 256
 
 
 def test_a_damaged_latent_is_refused_in_one_line(folder: Path) -> None:

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from probekit import hooks, load
 from probekit.data.scenes import all_scenes, labels, sample_scenes
+from probekit.errors import ProbekitError
 from probekit.metrics.roles import NO_ROLE, roles, summarise
 from probekit.zoo import GUIDANCE, WEIGHTS, scene_clip, scene_reader, weights
 from probekit.zoo.training import Schedule, train
@@ -67,6 +69,22 @@ def test_training_in_bfloat16_goes_where_training_in_float32_goes(tmp_path: Path
         return (network.weight.detach() - before).flatten()
 
     assert torch.cosine_similarity(moved(True), moved(False), dim=0) > 0.99
+
+
+def test_a_checkpoint_of_another_training_or_a_damaged_one_is_refused_in_one_line(tmp_path: Path) -> None:
+    def loss(network: torch.nn.Module, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        return network(torch.ones(1, 2)).square().mean(), {}
+
+    file, schedule = tmp_path / "some.pt", Schedule(steps=2, learning_rate=1e-2, warmup=1)
+    train(torch.nn.Linear(2, 2), loss, schedule, checkpoint=file)
+    with pytest.raises(ProbekitError, match="of a training with seed 0 and Schedule") as error:
+        train(torch.nn.Linear(2, 2), loss, replace(schedule, learning_rate=1e-3), checkpoint=file)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ProbekitError, match="damaged or of another network; delete it"):
+        train(torch.nn.Linear(2, 3), loss, schedule, checkpoint=file)
+    file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(ProbekitError, match="damaged or of another network; delete it"):
+        train(torch.nn.Linear(2, 2), loss, schedule, checkpoint=file)
 
 
 def test_all_weights_together_stay_below_90_mib() -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probekit.errors import ProbekitError
-from probekit.latents.space import LatentSpace
+from probekit.latents.space import LatentSpace, generator
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +32,7 @@ class Samples:
             raise ProbekitError(f"space {str(space)!r}: cannot {'sample' if space.sampler is None else 'decode'}")
         self.space, self.image_size, self.seed = space, image_size, seed
         self.name = f"samples of {space}"
-        self.digest = hashlib.sha256(f"{digest}{space.name}{seed}".encode()).hexdigest()[:12]
+        self.digest = hashlib.sha256(f"{digest}{space.name}{seed} {n}".encode()).hexdigest()[:12]
         self._n, self._test = n, test
 
     def __len__(self) -> int:
@@ -50,9 +50,10 @@ class Samples:
         numbers = np.asarray(indices, dtype=np.int64)
         drawn = torch.empty(len(numbers), *self.space.shape)
         for block in np.unique(numbers // _BLOCK).tolist():
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + block)
             inside = torch.from_numpy(numbers // _BLOCK == block)
-            drawn[inside] = self.space.sample(_BLOCK, generator)[numbers[inside.numpy()] % _BLOCK]
+            drawn[inside] = self.space.sample(_BLOCK, generator("samples", self.space.name, self.seed, block))[
+                numbers[inside.numpy()] % _BLOCK
+            ]
         return drawn
 
     def images(self, indices: Sequence[int] | np.ndarray) -> Float[Tensor, "n 3 h w"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,12 @@ Images = Float[Tensor, "n 3 h w"]
 Encoder = Callable[[Tensor, torch.Generator], Tensor]
 Decoder = Callable[[Tensor], Tensor]
 Sampler = Callable[[int, torch.Generator], Tensor]
+
+
+def generator(*names: object) -> torch.Generator:
+    """A generator that the names alone seed: other names draw independent noise."""
+    digest = hashlib.sha256("\0".join(map(str, names)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
 from probekit import __version__
 from probekit.data.dataset import Dataset
 from probekit.errors import ProbekitError
-from probekit.latents.space import LatentSpace
+from probekit.latents.space import LatentSpace, generator
 from probekit.runs import file_name, write_whole, writing
 
 if TYPE_CHECKING:
@@ -29,11 +28,11 @@ class LatentStore:
     """The latents of one space for one data set: a zarr array `latents` (images, *shape), float32, NaN where not encoded.
 
     Beside it lie `labels/`, a parquet file a block with a row an image, and `provenance.json`. Noise that a space draws comes
-    from a generator seeded with the seed and the block's number, so that latents depend neither on what is asked for nor in
-    which order.
+    from a generator seeded with the model's digest, the space, the seed and the block's number: latents depend neither on what
+    is asked for nor in which order, and two models' noise has nothing in common.
 
     folder: the store's own, made where there is none. Raises ProbekitError for a folder that holds other latents (another
-    model, space, data set or seed), naming what differs, and for a damaged one.
+    model, space, data set or seed), naming what differs, and for a damaged one. A model is the same wherever it lies.
     """
 
     def __init__(self, folder: Path, space: LatentSpace, digest: str, data: Dataset, *, seed: int = 0) -> None:
@@ -53,12 +52,14 @@ class LatentStore:
         else:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
+                write_whole(described, json.dumps(self.provenance, indent=2).encode())
+        if not (folder / "latents" / "zarr.json").exists():  # new, or killed before it was made
+            with writing(folder):
                 codecs = [zarr.codecs.BloscCodec(cname="zstd", clevel=3), zarr.codecs.Crc32cCodec()]
                 zarr.create_array(
                     folder / "latents", shape=(len(data), *space.shape), chunks=(BLOCK, *space.shape), dtype="float32",
                     compressors=codecs, fill_value=float("nan"), overwrite=True,
                 )  # fmt: skip
-                write_whole(described, json.dumps(self.provenance, indent=2).encode())
         try:
             self._array: zarr.Array[Any] = zarr.open_array(folder / "latents", mode="r+")
         except Exception as error:  # zarr raises a dozen kinds
@@ -67,7 +68,7 @@ class LatentStore:
     def _refuse_other(self, described: Path) -> None:
         try:
             stored = json.loads(described.read_bytes())
-            differ = [k for k, v in self.provenance.items() if k != "probekit" and stored.get(k) != v]
+            differ = [k for k, v in self.provenance.items() if k not in ("model", "probekit") and stored.get(k) != v]
         except (OSError, ValueError, AttributeError) as error:
             raise ProbekitError(f"latents {str(self.folder)!r}: provenance.json cannot be read; delete the folder") from error
         if differ:
@@ -92,8 +93,8 @@ class LatentStore:
             mark = self.folder / "labels" / f"{block:06d}.parquet"
             numbers = self._numbers(block)
             if not mark.exists():
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + block)
-                latents = self.space.encode(self.data.images(numbers), generator).numpy()
+                noise = generator(self.provenance["model_digest"], self.space.name, self.seed, block)
+                latents = self.space.encode(self.data.images(numbers), noise).numpy()
                 if not np.isfinite(latents).all():
                     raise ProbekitError(f"space {str(self.space)!r}: gives latents that are not finite")
                 with writing(self.folder):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from probekit.errors import ProbekitError
 from probekit.latents import LatentSpace
@@ -18,9 +18,9 @@ from probekit.models.model import Model
 def load_class(file: Path, class_name: str) -> Model:
     """The model that a class in a Python file describes, which is run; its one space is called `latent`.
 
-    The class is made without arguments. It has `image_size`, and `encode(images) -> latents`, `decode(latents) -> images` or
-    both: images (n, 3, h, w) in [-1, 1], latents (n, …), tensors. A class that cannot encode also has `sample(n, generator)`,
-    which draws latents, so that its own pictures can be used.
+    The class is made without arguments. What it holds of modules and tensors counts as its weights. It has `image_size`, and
+    `encode(images) -> latents`, `decode(latents) -> images` or both: images (n, 3, h, w) in [-1, 1], latents (n, …), tensors.
+    A class that cannot encode also has `sample(n, generator)`, which draws latents, so that its own pictures can be used.
 
     Raises ProbekitError, in one line, for a file that cannot be read, has no such class, or whose class is not so.
     """
@@ -48,9 +48,12 @@ def load_class(file: Path, class_name: str) -> Model:
             value = ways[way](*given)  # type: ignore[misc]
         except Exception as error:
             raise ProbekitError(f"model {where!r}: {way}: {type(error).__name__}: {error}") from error
-        if not isinstance(value, Tensor) or value.ndim < 2:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ProbekitError(f"model {where!r}: {way} must return a tensor with a row an item, not {got}")
+        n = given[0] if way == "sample" else len(given[0])
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != n:
+            raise ProbekitError(f"model {where!r}: {way} must return a tensor with a row an item, not {got} for {n}")
+        if way == "decode" and got != (n, 3, size, size):
+            raise ProbekitError(f"model {where!r}: decode must return images {(n, 3, size, size)}, not {got}")
         return value.detach().float().cpu()
 
     with torch.no_grad():
@@ -58,6 +61,8 @@ def load_class(file: Path, class_name: str) -> Model:
             one = checked("encode", torch.zeros(1, 3, size, size))
         else:
             one = checked("sample", 1, torch.Generator().manual_seed(0))
+        if ways["decode"]:
+            checked("decode", one)
     space = LatentSpace(
         where, "latent", tuple(one.shape[1:]), (found.__doc__ or "a model of one's own").strip().splitlines()[0],
         encoder=(lambda images, _: checked("encode", images)) if ways["encode"] else None,
@@ -65,4 +70,18 @@ def load_class(file: Path, class_name: str) -> Model:
         sampler=(lambda n, generator: checked("sample", n, generator)) if ways["sample"] else None,
     )  # fmt: skip
     source = hashlib.sha256(class_name.encode() + file.read_bytes()).hexdigest()
-    return Model(where, "custom", size, None, {"latent": space}, source=source)
+    return Model(where, "custom", size, _weights(made), {"latent": space}, source=source)
+
+
+def _weights(made: Any) -> nn.Module | None:
+    """The modules and tensors of an object as one module, None where it has none."""
+    if isinstance(made, nn.Module):
+        return made
+    parts = {name: value for name, value in getattr(made, "__dict__", {}).items() if isinstance(value, nn.Module | Tensor)}
+    held = nn.Module()
+    for name, value in parts.items():
+        if isinstance(value, Tensor):
+            held.register_buffer(f"tensor_{name}", value.detach())
+        else:
+            held.add_module(f"module_{name}", value)
+    return held if parts else None

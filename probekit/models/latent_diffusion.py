@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ def ldm(vq: Any, unet: Any, scheduler: Any, name: str, *, steps: int = 50) -> Mo
     """A `VQModel` and a `UNet2DModel` on its grid, as diffusers' `LDMPipeline` holds them.
 
     Its spaces are the VQ-VAE's, `grid` and `quantized`, and `inverted`, the grid's latent after `steps` inversion steps. The
-    U-Net sees the grid times the VQ-VAE's `scaling_factor`. Raises ProbekitError where the two do not fit together.
+    U-Net sees the grid times the VQ-VAE's `scaling_factor`. For images of another size there is the VQ-VAE alone. Raises
+    ProbekitError where the two do not fit together.
     """
     config = unet.config
     of_vq = vqvae.model(vq, name, config.sample_size * 2 ** (len(vq.config.block_out_channels) - 1))
@@ -32,11 +34,12 @@ def ldm(vq: Any, unet: Any, scheduler: Any, name: str, *, steps: int = 50) -> Mo
     predict = denoisers.unconditional(unet)
     # the VQ-VAE in the U-Net's company counts for the fingerprint
     both = nn.ModuleDict({"vqvae": vq, "unet": unet})
-    return _model(
+    made = _model(
         name, both, of_vq.image_size, shape, scheduler, steps, lambda rows: predict,
         lambda images: vq.encode(images.to(vq.device, vq.dtype)).latents * scale,
         lambda states: vq.decode(states.to(vq.device, vq.dtype) / scale).sample, of_vq.spaces,
     )  # fmt: skip
+    return dataclasses.replace(made, at_size=of_vq.at_size)
 
 
 def dit(

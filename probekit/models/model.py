@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,7 +22,7 @@ class Model:
     name: how it was asked for; family: vae, vqvae, glow, stylegan2, ddpm, flow (rectified), ldm, random or custom; image_size:
     height and width of its images in pixels; network: the module whose weights count, None for a model without any; source:
     what else makes the model what it is, such as a hash of the user's code; diffusion: how noise becomes images and back, of a
-    diffusion or rectified-flow model.
+    diffusion or rectified-flow model; at_size: the same network for images of another size, of a convolutional one.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Model:
     spaces: dict[str, LatentSpace] = field(repr=False)
     source: str = field(default="", repr=False)
     diffusion: Diffusion | None = field(default=None, repr=False)
+    at_size: Callable[[int], Model] | None = field(default=None, repr=False)
 
     def space(self, name: str | None = None) -> LatentSpace:
         """The space of that name, or the default one. Raises ProbekitError with the names there are."""

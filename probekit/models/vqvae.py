@@ -64,7 +64,9 @@ def model(network: Any, name: str, image_size: int | None = None) -> Model:
             decode_quantized,
         ),
     )
-    return Model(name, "vqvae", size, network, {space.name: space for space in spaces})
+    return Model(
+        name, "vqvae", size, network, {space.name: space for space in spaces}, at_size=lambda size: model(network, name, size)
+    )
 
 
 def load_folder(path: str | Path, name: str) -> Model:

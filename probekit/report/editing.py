@@ -25,17 +25,26 @@ def best(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def print_edits(rows: pd.DataFrame) -> None:
-    """One line a target and source: success at the best strength, what else is kept, and the angle to the exact step."""
+    """One line a target and source: success at the best strength, what else is kept, how near counterfactuals are."""
     from rich.table import Table
 
     from probekit.report.terminal import console
 
     table = Table(title="edits: a direction of the source, applied in the target", title_justify="left")
-    for heading in ("target", "direction of", "attribute given", "others kept", "cosine with counterfactuals"):
+    for heading in (
+        "target",
+        "direction of",
+        "attribute given",
+        "others kept",
+        "cosine with counterfactuals",
+        "LPIPS to them",
+        "not edited",
+    ):
         table.add_column(heading, justify="left" if heading in ("target", "direction of") else "right")
     for (target, source), group in best(rows).groupby(["target", "source"], sort=False):
         name = f"{source} (its own)" if source == target else source
-        table.add_row(target, name, f"{group.success.mean():.0%}", f"{group.kept.mean():.0%}", f"{group.cosine.mean():.2f}")
+        table.add_row(target, name, f"{group.success.mean():.0%}", f"{group.kept.mean():.0%}", f"{group.cosine.mean():.2f}",
+                      f"{group.apart.mean():.3f}", f"{group.apart_unedited.mean():.3f}")  # fmt: skip
     console().print(table)
 
 

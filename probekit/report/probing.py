@@ -21,19 +21,52 @@ def print_probes(rows: pd.DataFrame) -> None:
 
     from probekit.report.terminal import console
 
-    accuracy, alike = _accuracy(rows), ranking(rows)
-    table = Table(
-        title="probe accuracy in percent, by space; match: probes say the same of mapped latents", title_justify="left"
-    )
-    table.add_column("attribute", no_wrap=True)
-    for heading in (*accuracy.columns, "match"):
-        table.add_column(heading, justify="right")
-    for attribute, values in accuracy.reindex(alike.index).iterrows():
-        match = alike.match[attribute]
-        table.add_row(str(attribute), *(f"{v:.0f}" for v in values), f"{match:.0f}")
-    table.add_section()
-    table.add_row("mean", *(f"{v:.1f}" for v in accuracy.mean()), f"{alike.match.mean():.1f}")
-    console().print(table)
+    accuracy, alike = _wide(rows, "accuracy"), ranking(rows)
+    if len(accuracy):
+        table = Table(
+            title="probe accuracy in percent, by space; match: probes say the same of mapped latents", title_justify="left"
+        )
+        table.add_column("attribute", no_wrap=True)
+        for heading in (*accuracy.columns, "match"):
+            table.add_column(heading, justify="right")
+        for attribute, values in accuracy.reindex(alike.index).iterrows():
+            match = alike.match[attribute]
+            table.add_row(str(attribute), *(f"{v:.0f}" for v in values), f"{match:.0f}")
+        table.add_section()
+        table.add_row("mean", *(f"{v:.1f}" for v in accuracy.mean()), f"{alike.match.mean():.1f}")
+        console().print(table)
+    for measure, grid in _values(rows).items():
+        table = Table(title=f"{measure}, by space; in brackets what always the same answer scores", title_justify="left")
+        table.add_column("label", no_wrap=True)
+        for heading in grid.columns:
+            table.add_column(heading, justify="right")
+        for label, cells in grid.iterrows():
+            table.add_row(str(label), *cells)
+        console().print(table)
+    for told in notes(rows):
+        console().print(f"{told['attribute']}: {told['note']}", highlight=False)
+
+
+def notes(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """The attributes that were not probed, or whose solver stopped early, and why; one a note."""
+    told = rows[rows.note != ""]
+    return [
+        {"attribute": attribute, "note": note if measure == "skipped" else f"{note} in {', '.join(group.target)}"}
+        for (attribute, measure, note), group in told.groupby(["attribute", "measure", "note"], sort=False)
+    ]
+
+
+def _values(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """For r2 and the accuracy of classes, labels by spaces, each cell as it is shown."""
+    import pandas as pd
+
+    found = {}
+    for measure, write in (("r2", "{:.2f} ({:.2f})"), ("accuracy of classes", "{:.0f} % ({:.0f} %)")):
+        score, baseline = _wide(rows, measure), _wide(rows, f"{measure}, baseline")
+        if len(score):
+            cells = {space: [*map(write.format, score[space], baseline[space])] for space in score}
+            found[measure] = pd.DataFrame(cells, index=score.index)
+    return found
 
 
 def ranking(rows: pd.DataFrame) -> pd.DataFrame:
@@ -53,9 +86,9 @@ def ranking(rows: pd.DataFrame) -> pd.DataFrame:
     return found.sort_values("above", ascending=False, kind="stable")
 
 
-def _accuracy(rows: pd.DataFrame) -> pd.DataFrame:
+def _wide(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
     """Attributes by spaces, in the order of the run."""
-    own = rows[rows.measure == "accuracy"]
+    own = rows[rows.measure == measure]
     return own.pivot(index="attribute", columns="target", values="value").reindex(
         index=own.attribute.unique(), columns=own.target.unique()
     )
@@ -66,16 +99,17 @@ def write_report(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> Pa
     (folder / "figures").mkdir(exist_ok=True)
     alike = ranking(rows)
     order = alike.index.tolist()
-    accuracy = _accuracy(rows).reindex(order)
-    figures = {
-        "accuracy": save_figure(_heatmap(accuracy, 50, 100, "Greens", 50), folder / "figures" / "accuracy"),
-        "match": save_figure(_heatmap(_pairs(rows, "match", order), 50, 100, "Blues", 50), folder / "figures" / "match"),
-        "change": save_figure(_heatmap(_pairs(rows, "change", order), -50, 50, "RdBu", None), folder / "figures" / "change"),
-    }
+    accuracy = _wide(rows, "accuracy").reindex(order)
+    figures = {} if accuracy.empty else {
+        "accuracy": save_figure(_heatmap(accuracy, 50, 100, "Greens"), folder / "figures" / "accuracy"),
+        "match": save_figure(_heatmap(_pairs(rows, "match", order), 50, 100, "Blues"), folder / "figures" / "match"),
+        "change": save_figure(_heatmap(_pairs(rows, "change", order), -50, 50, "RdBu"), folder / "figures" / "change"),
+    }  # fmt: skip
     page = render(
         "probing.html",
         config=config, options=config["options"], command=command_line(config["command"]), figures=figures,
         alike=alike.reset_index().to_dict("records"), means=accuracy.mean().round(1).to_dict(), rows=rows.to_dict("records"),
+        values={m: (list(g.columns), list(g.itertuples(name=None))) for m, g in _values(rows).items()}, notes=notes(rows),
     )  # fmt: skip
     report = folder / "report.html"
     write_whole(report, page)
@@ -92,7 +126,7 @@ def _pairs(rows: pd.DataFrame, measure: str, order: list[str]) -> pd.DataFrame:
     return found.pivot(index="attribute", columns="pair", values="value").reindex(index=order, columns=pairs)
 
 
-def _heatmap(grid: pd.DataFrame, low: float, high: float, shades: str, floor: float | None) -> Figure:
+def _heatmap(grid: pd.DataFrame, low: float, high: float, shades: str) -> Figure:
     """Rows of `grid` across, columns down, each cell with its number."""
     import matplotlib
 

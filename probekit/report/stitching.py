@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # what is told first: latents differ in scale from space to space, so the error is taken in parts of the target's variance
-_MAIN = ("latent error over variance, test", "RMSE", "LPIPS", "fd-alexnet")
+_MAIN = ("latent error over variance, test", "RMSE", "LPIPS", "FID, 64 features", "fd-alexnet")
 _ALIKE = ("CKA", "mutual 10-NN")
 _LATENT = ("latent MSE, train", "latent MSE, test")
 _SHADES = "YlGnBu"
@@ -31,12 +31,13 @@ def print_measures(rows: pd.DataFrame) -> None:
     table = Table(
         title="stitched: encoder of the source, linear map, decoder of the target; 95% intervals", title_justify="left"
     )
-    for heading in ("source", "target", "alpha", *_MAIN):
+    measures = _present(rows, _MAIN)
+    for heading in ("source", "target", "alpha", *measures):
         table.add_column(heading, justify="left" if heading in ("source", "target") else "right")
     for (source, target), group in rows.groupby(["source", "target"], sort=False):
         by = group.set_index("measure")
         alpha = by.alpha.iloc[0]
-        cells = [f"{r.value:.3g} {r.low:.3g}-{r.high:.3g}" if (r := _row(by, m)) is not None else "" for m in _MAIN]
+        cells = [f"{r.value:.3g} {r.low:.3g}-{r.high:.3g}" if (r := _row(by, m)) is not None else "" for m in measures]
         table.add_row(source, target, "" if np.isnan(alpha) else f"{alpha:.3g}", *cells)
     console().print(table)
 
@@ -45,16 +46,22 @@ def write_report(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> Pa
     """Write figures/ (PNG and SVG) and report.html; returns the page's path."""
     (folder / "figures").mkdir(exist_ok=True)
     figures: list[dict[str, str]] = []
+
+    def add(title: str, name: str, shown: pd.DataFrame, examples: range) -> None:
+        if len(shown) and examples:
+            figures.append({"title": title, "svg": save_figure(_grid(folder, shown, examples), folder / "figures" / name)})
+
+    kept = min(8, config["options"]["test"])
     for number, (images, group) in enumerate(rows.groupby("images", sort=False)):
-        # of a model's own samples, what other encoders and its decoder make of them (figure 2)
         drawn_by = group.drawn_by.iloc[0]
-        shown = group[group.target == drawn_by] if drawn_by else group
-        figure = _grid(folder, shown, examples=range(8 if drawn_by else 3))
-        name = f"samples-{number}" if drawn_by else "reconstructions"
-        figures.append(
-            {"title": f"Stitched reconstructions of {images}", "svg": save_figure(figure, folder / "figures" / name)}
-        )
-    heat = save_figure(_heatmaps(rows, _MAIN), folder / "figures" / "measures")
+        if drawn_by:  # of a model's own samples, what other encoders and its decoder make of them (figure 2), and the reverse
+            add(f"Stitched reconstructions of {images}", f"samples-{number}", group[group.target == drawn_by], range(kept))
+            others = group[(group.source == drawn_by) & (group.target != drawn_by)]
+            add(f"What other decoders make of {images}", f"from-{number}", others, range(min(3, kept)))
+        else:  # figures 1 and 9
+            add(f"Stitched reconstructions of {images}", "reconstructions", group, range(min(3, kept)))
+            add(f"More of {images}", "more-reconstructions", group, range(3, min(6, kept)))
+    heat = save_figure(_heatmaps(rows, _present(rows, _MAIN)), folder / "figures" / "measures")
     alike = save_figure(_heatmaps(rows, _ALIKE), folder / "figures" / "similarity")
     latent = save_figure(_heatmaps(rows, _LATENT), folder / "figures" / "latent-mse")
     page = render(
@@ -65,6 +72,10 @@ def write_report(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> Pa
     report = folder / "report.html"
     write_whole(report, page)
     return report
+
+
+def _present(rows: pd.DataFrame, measures: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(m for m in measures if (rows.measure == m).any())
 
 
 def _row(by: pd.DataFrame, measure: str) -> Any:

@@ -347,10 +347,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "mini-flow": Family(
         build_ddpm, rectified_flow_loss, _save_rectified_flow,
-        Schedule(steps=6_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=32,
+        Schedule(steps=4_500, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=32,
     ),
     "avatar-ldm": Family(
         build_ldm, ldm_loss, _save_ldm,
-        Schedule(steps=8_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=64,
+        Schedule(steps=6_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=64,
     ),
 }  # fmt: skip

@@ -76,20 +76,24 @@ def train(
     )
     first = 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        if state["seed"] != seed or state["steps"] != schedule.steps:
-            raise ProbekitError(
-                f"checkpoint {str(checkpoint)!r}: of a training with seed {state['seed']} and {state['steps']} steps; delete it"
-            )
-        module.load_state_dict(state["module"])
-        optimizer.load_state_dict(state["optimizer"])
-        for a, saved in zip(average, state["average"], strict=True):
-            a.copy_(saved)
-        first = state["step"]
+        try:
+            state = torch.load(checkpoint, weights_only=True)
+            if state["seed"] != seed or state["schedule"] != repr(schedule):
+                told = f"seed {state['seed']} and {state['schedule']}"
+                raise ProbekitError(f"checkpoint {str(checkpoint)!r}: of a training with {told}; delete it")
+            module.load_state_dict(state["module"])
+            optimizer.load_state_dict(state["optimizer"])
+            for a, saved in zip(average, state["average"], strict=True):
+                a.copy_(saved)
+            first = state["step"]
+        except ProbekitError:
+            raise
+        except Exception as error:  # torch raises a dozen kinds for what is no checkpoint, or one of another network
+            raise ProbekitError(f"checkpoint {str(checkpoint)!r}: is damaged or of another network; delete it") from error
 
     def save(step: int) -> None:
         state: dict[str, Any] = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-        state |= {"step": step, "seed": seed, "steps": schedule.steps}
+        state |= {"step": step, "seed": seed, "schedule": repr(schedule)}
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         partial = checkpoint.with_suffix(".partial")
         with partial.open("wb") as file:

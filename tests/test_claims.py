@@ -1,0 +1,78 @@
+"""The poster's claims (Hidden Relations), held against the bundled models. Those that do not hold there are in README."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from probekit.metrics import geometry
+from probekit.models import load_diffusion
+from probekit.sampling import Diffusion, Schedule, invert, invert_fixed_point, sample
+from probekit.zoo import trained
+
+N, STEPS = 64, 50
+
+
+@dataclass
+class Made:
+    """Noises, their samples in 50 steps, the latents of plain inversion, and every state on the way to the samples."""
+
+    diffusion: Diffusion
+    schedule: Schedule
+    noise: Tensor
+    image: Tensor
+    latent: Tensor
+    states: list[Tensor]
+
+
+@pytest.fixture(scope="module", params=["avatar-ddpm", "avatar-ldm", "mini-flow"])
+def made(request: pytest.FixtureRequest) -> Made:
+    if not trained(request.param):
+        pytest.skip(f"{request.param} is not trained yet")
+    _, diffusion = load_diffusion(request.param, device="cpu")
+    schedule, noise, denoiser = diffusion.schedule(STEPS), diffusion.noise(range(N), 7), diffusion.denoiser(N)
+    with torch.no_grad():
+        trajectory = sample(denoiser, noise, schedule, keep=range(STEPS + 1))
+        latent = invert(denoiser, trajectory.end, schedule).end
+    states = [trajectory.kept[i] for i in range(STEPS + 1)]
+    return Made(diffusion, schedule, noise, trajectory.end, latent, states)
+
+
+def test_latents_lie_between_noise_and_samples(made: Made) -> None:
+    away = {pair: mean for pair, (mean, _) in geometry.distances(made.noise, made.latent, made.image).items()}
+    assert away["noise-latent"] < away["latent-sample"] < away["noise-sample"]
+
+
+def test_latents_have_correlated_pixels(made: Made) -> None:
+    noise, latent, image = (geometry.top_correlations(x)[0] for x in (made.noise, made.latent, made.image))
+    assert noise < latent < image
+
+
+def test_latents_are_not_noise_where_the_picture_is_plain(made: Made) -> None:
+    if made.diffusion.shape[1] < 32:
+        pytest.skip("the texture of a picture of pixels")
+    plain, textured = geometry.plain_and_textured(made.latent - made.noise, made.image)
+    assert plain.nanmean() > textured.nanmean()
+
+
+def test_the_trajectory_is_nearest_to_the_latent_on_its_way(made: Made) -> None:
+    away = torch.stack([(state - made.latent).flatten(1).norm(dim=1).mean() for state in made.states])
+    assert 0 < int(away.argmin()) < STEPS
+
+
+def test_a_sample_s_nearest_noise_is_its_own(made: Made) -> None:
+    accuracy, _ = geometry.matching_accuracy(made.image, made.noise)
+    assert accuracy > 0.9
+
+
+def test_a_fixed_point_inverts_better_than_plain_inversion(made: Made) -> None:
+    denoiser = made.diffusion.denoiser(16)
+    with torch.no_grad():
+        errors = []
+        for latent in (made.latent[:16], invert_fixed_point(denoiser, made.image[:16], made.schedule).end):
+            back = sample(denoiser, latent, made.schedule).end
+            errors.append((back - made.image[:16]).square().mean().sqrt())
+    assert errors[1] < errors[0] / 5
