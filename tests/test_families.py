@@ -49,7 +49,7 @@ BARS: dict[str, dict[str, float]] = {
     "avatar-vae": {"reconstruction PSNR": 24, "attributes read off reconstructions": 0.9},
     "avatar-vqvae": {"reconstruction PSNR": 35, "attributes read off reconstructions": 0.98},
     "avatar-flow": {"reconstruction PSNR": 60, "attributes read off reconstructions": 0.99},
-    "avatar-ddpm": {"reconstruction PSNR": 20, "attributes read off reconstructions": 0.9},
+    "avatar-ddpm": {"reconstruction PSNR": 27, "attributes read off reconstructions": 0.98},
     "mini-flow": {"reconstruction PSNR": 20, "attributes read off reconstructions": 0.9},
     "avatar-ldm": {"reconstruction PSNR": 20, "attributes read off reconstructions": 0.9},
     "avatar-gan": {},
