@@ -108,7 +108,8 @@ def _grid(folder: Path, rows: pd.DataFrame, examples: range) -> Figure:
     columns = [(e, t) for e in examples for t in ([None, *targets] if several else targets)]
     lines = sources if several else [None, *sources]
     with plt.rc_context(style()):
-        size, top = 0.62, 0.85 if several else 0.05  # inches
+        # inches; titles stand at 60 degrees
+        size, top = 0.62, 0.2 + 0.052 * max(map(len, targets)) if several else 0.05
         figure, axes = plt.subplots(
             len(lines), len(columns), figsize=(2.0 + size * len(columns), 0.1 + top + size * len(lines)), squeeze=False,
             gridspec_kw={"wspace": 0.06, "hspace": 0.06},
@@ -161,7 +162,8 @@ def _heatmaps(rows: pd.DataFrame, measures: tuple[str, ...]) -> Figure:
             values = grid.to_numpy()
             low, high = np.nanmin(values), np.nanmax(values)
             wide = low > 0 and high / low > 30 and measure not in _ALIKE
-            norm = LogNorm(low, high) if wide else Normalize(0, 1 if measure in _ALIKE else high)
+            # what is exact would take all shades for itself
+            norm = LogNorm(max(low, high / 1000), high, clip=True) if wide else Normalize(0, 1 if measure in _ALIKE else high)
             ax.imshow(values, cmap=_SHADES, norm=norm, aspect="auto")
             for (y, x), value in np.ndenumerate(values):
                 if not np.isnan(value):
