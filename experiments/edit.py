@@ -182,6 +182,7 @@ class _Counterfactuals:
         import torch
 
         from probekit.data.avatars import TRAIN, counterfactual
+        from probekit.metrics import lpips
 
         both = [counterfactual(TRAIN + i, name) for i in range(pairs)]
         size = place.model.image_size
@@ -189,7 +190,8 @@ class _Counterfactuals:
         generators = [torch.Generator().manual_seed(seed) for _ in range(2)]  # what is drawn is drawn alike
         codes = (place.space.encode(x, g).flatten(1).numpy() for x, g in zip(pictures, generators, strict=True))
         without, with_ = codes
-        return cls(place, without, with_, pictures[1], _apart(_decode(place, without), pictures[1]))
+        apart = lpips.distances(_decode(place, without), pictures[1]).mean().item()
+        return cls(place, without, with_, pictures[1], apart)
 
     @property
     def step(self) -> np.ndarray:
@@ -200,18 +202,9 @@ class _Counterfactuals:
 
     def distance(self, step: np.ndarray) -> float:
         """Mean LPIPS between the avatars without the attribute, moved by a step, and those with it."""
-        return _apart(_decode(self.place, self.without + step), self.pictures)
+        from probekit.metrics import lpips
 
-
-def _apart(a: Tensor, b: Tensor) -> float:
-    import torch
-    import torch.nn.functional as F
-
-    from probekit.metrics import lpips
-
-    with torch.no_grad():
-        large = (F.interpolate(x, (64, 64), mode="bilinear") if x.shape[-1] < 64 else x for x in (a, b))
-        return lpips.network()(*large).mean().item()
+        return lpips.distances(_decode(self.place, self.without + step), self.pictures).mean().item()
 
 
 def _decode(place: Place, latents: np.ndarray) -> Tensor:

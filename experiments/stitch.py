@@ -141,7 +141,6 @@ def _stitch(opened: Run, unit: str, source: Place, target: Place, name: str, cod
     import numpy as np
     import pandas as pd
     import torch
-    import torch.nn.functional as F
 
     from probekit.latents.maps import LinearMap
     from probekit.metrics import lpips
@@ -167,9 +166,7 @@ def _stitch(opened: Run, unit: str, source: Place, target: Place, name: str, cod
         images = torch.cat([target.space.decode(part) for part in torch.split(shaped, 50)])
         true = codes.data.images(codes.test)
         errors["RMSE"] = ((images - true) / 2).square().mean((1, 2, 3)).sqrt().numpy()
-        large = [F.interpolate(x, (64, 64), mode="bilinear") if x.shape[-1] < 64 else x for x in (images, true)]
-        parts = zip(*(torch.split(x, 50) for x in large), strict=True)
-        errors["LPIPS"] = torch.cat([lpips.network()(a, b).flatten() for a, b in parts]).numpy()
+        errors["LPIPS"] = lpips.distances(images, true).numpy()
     features = alexnet_features if options["frechet"] == "fd-alexnet" else lambda x: inception_features(x, 64)
     one, two = features(images).numpy(), features(true).numpy()
     drawn_by = "" if codes.drawn_by is None else codes.drawn_by.name

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
@@ -44,3 +45,12 @@ def features(images: Float[Tensor, "n 3 h w"]) -> list[tuple[Tensor, ...]]:
 def distance(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> float:
     """LPIPS (Zhang et al. 2018, AlexNet, v0.1) from `features` of two images: 0 for equal ones, hardly ever above 1."""
     return float(sum(lin((x - y)[None] ** 2).mean() for lin, x, y in zip(network().lins, a, b, strict=True)))
+
+
+@torch.no_grad()
+def distances(a: Float[Tensor, "n 3 h w"], b: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
+    """LPIPS of each pair of images in [-1, 1], on the CPU; images with less than 64 pixels a side are enlarged to 64."""
+    if a.shape[-1] < 64:
+        a, b = (F.interpolate(x, (64, 64), mode="bilinear") for x in (a, b))
+    pairs = zip(torch.split(a, 50), torch.split(b, 50), strict=True)
+    return torch.cat([network()(x, y).flatten() for x, y in pairs])
