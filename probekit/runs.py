@@ -104,12 +104,13 @@ class Run:
         return array
 
     def collect(self, units: Sequence[str]) -> pd.DataFrame:
-        """All rows in the order of `units`; also written to results.parquet."""
+        """All rows in the order of `units`; also written to results.parquet, unless there are none."""
         import pandas as pd
 
         rows = pd.concat([pd.read_parquet(self.folder / "units" / f"{u}.parquet") for u in units], ignore_index=True)
-        with writing(self.folder):
-            write_whole(self.folder / "results.parquet", rows.to_parquet(index=False))
+        if not rows.empty:
+            with writing(self.folder):
+                write_whole(self.folder / "results.parquet", rows.to_parquet(index=False))
         return rows
 
 
