@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,15 +48,20 @@ def load(
     batch_size: int = 64,
 ) -> Denoising:  # fmt: skip
     """The model, ready to sample. Raises ProbekitError as `probekit.models.load_diffusion`."""
-    from probekit.models import load_diffusion
+    from probekit.models import Model, load_diffusion
 
     loaded, diffusion = load_diffusion(model, device=device, dtype=dtype, prompt=prompt, label=label, guidance=guidance)
-    options = {"model": model, "model_digest": loaded.digest, "prompt": prompt, "label": label, "guidance": guidance}
+    network: Any = loaded.network if isinstance(loaded, Model) else loaded.denoiser
+    precision = str(next(network.parameters()).dtype).removeprefix("torch.")
+    options = {"model": model, "model_digest": loaded.digest, "dtype": precision, "prompt": prompt, "label": label,
+               "guidance": guidance}  # fmt: skip
     return Denoising(diffusion, options, batch_size)
 
 
-def samples(opened: Run, denoising: Denoising, steps: int, n: int, seed: int, on_block: Callable[[int], None]) -> np.ndarray:
-    """The states that noises 0 … n - 1 of a seed become in `steps` steps, (n, *shape), kept in the run's folder."""
+def samples(
+    opened: Run, name: str, denoising: Denoising, steps: int, n: int, seed: int, on_block: Callable[[int], None]
+) -> np.ndarray:
+    """What noises 0 … n - 1 of a seed become in `steps` steps, (n, *shape), kept among the run's states under that name."""
     from probekit.sampling import sample
 
     diffusion, schedule = denoising.diffusion, denoising.diffusion.schedule(steps)
@@ -64,7 +70,7 @@ def samples(opened: Run, denoising: Denoising, steps: int, n: int, seed: int, on
         noise = diffusion.noise(rows, seed)
         return denoising.walk(noise, lambda denoiser, part: sample(denoiser, part, schedule).end)
 
-    return opened.states(f"samples-{steps}", n, diffusion.shape, make, on_block)
+    return opened.states(name, n, diffusion.shape, make, on_block)
 
 
 def step_counts(text: str) -> list[int]:
@@ -73,3 +79,14 @@ def step_counts(text: str) -> list[int]:
     if not all(part.isdecimal() and 1 <= len(part) <= 5 and int(part) > 0 for part in parts):
         raise ProbekitError(f"--steps {text!r}: write numbers of steps, as 10,100")
     return sorted({int(part) for part in parts})
+
+
+def as_picture(states: Tensor) -> Tensor:
+    """States of unit variance as pictures (n, 3, h, w) in [-1, 1], which are three standard deviations: the first channels.
+
+    Fewer channels are repeated; tokens (n, tokens, c), Flux's, are laid out as a square.
+    """
+    if states.ndim == 3:
+        side = math.isqrt(states.shape[1])
+        states = states[:, : side * side].mT.reshape(len(states), -1, side, side)
+    return (states[:, [min(channel, states.shape[1] - 1) for channel in range(3)]] / 3).clamp(-1, 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from probekit.experiments.denoising import MODEL, BatchSize, Denoising
+from probekit.experiments.denoising import MODEL, BatchSize, Denoising, samples
 from probekit.experiments.places import Codes, Data, Device, Out, Place, Seed, Train, encode_all, image_sets, progress
 
 from probekit.errors import ProbekitError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+    from probekit.models import Model
     from probekit.runs import Run
 
 app = typer.Typer(help="How latent spaces form while a model is trained.", no_args_is_help=True)
@@ -79,46 +80,55 @@ def diffusion(
     out: Out = None,
 ) -> None:
     """Sample the same noises with every checkpoint of a training, and see when they become what they are at its end."""
+    from probekit.models.text_to_image import choose_device
     from probekit.runs import Run, default_folder
 
-    places = checkpoints(model, None, device)
-    denoisings = sampling_checkpoints(model, places, steps, batch_size)
+    paths = checkpoint_paths(model)
+    digests = sampling_checkpoints(model, paths, steps)
+    choose_device(device)  # refuses what is not there
     options: dict[str, Any] = {
-        "model": model, "checkpoints": {str(step): p.model.digest for step, p in places.items()}, "steps": steps, "n": n,
+        "model": model, "checkpoints": {str(step): digest for step, digest in digests.items()}, "steps": steps, "n": n,
         "neighbours": min(NEIGHBOURS, n // 10), "seed": seed,
     }  # fmt: skip
     folder = out or default_folder("dynamics-diffusion", Path(model).name, options)
     opened = Run(folder, "dynamics-diffusion", options, sys.argv)
-    rows = sample_checkpoints(opened, denoisings)
+    rows = sample_checkpoints(opened, paths, device, batch_size)
     show_diffusion(folder, opened.config | {"command": sys.argv}, rows)
 
 
-def checkpoints(model: str, space: str | None, device: str) -> dict[int, Place]:
+def checkpoint_paths(model: str) -> dict[int, Path]:
     """The checkpoints of a training by their number of steps, the finished model, where there is one, as the last.
 
     They are what is called step-<n> in the model's folder. Raises ProbekitError where there are fewer than two.
     """
-    from probekit.models import Model, load
-    from probekit.zoo import MODELS, weights
+    from probekit.zoo import MODELS, trained, weights
 
     folder = weights(model) if model in MODELS else Path(model).expanduser()
     paths = sorted(folder.glob("step-*"))  # the same order everywhere
     found = {int(match[1]): path for path in paths if (match := re.match(r"step-(\d+)", path.name))}
-    places: dict[int, Place] = {}
-    for step, path in sorted(found.items()):
-        loaded = load(path, device=device)
-        if not isinstance(loaded, Model):
-            raise ProbekitError(f"--model {model!r}: {path.name} is a text-to-image pipeline, which has no latent spaces yet")
-        places[step] = Place(f"step {step}", loaded, loaded.space(space))
-    if model in MODELS and found:
+    if model in MODELS and found and trained(model):
         from probekit.zoo.avatar_families import FAMILIES
 
-        last = load(model, device=device)
-        assert isinstance(last, Model)
-        places[FAMILIES[model].schedule.steps] = Place("trained", last, last.space(space))
-    if len(places) < 2:
-        raise ProbekitError(f"--model {model!r}: {len(places)} checkpoints step-<n> in {str(folder)!r}, at least 2 are needed")
-    return places
+        found[FAMILIES[model].schedule.steps] = folder
+    if len(found) < 2:
+        raise ProbekitError(f"--model {model!r}: {len(found)} checkpoints step-<n> in {str(folder)!r}, at least 2 are needed")
+    return dict(sorted(found.items()))
+
+
+def load_checkpoint(model: str, path: Path, device: str) -> Model:
+    """One of them. Raises ProbekitError for a text-to-image pipeline."""
+    from probekit.models import Model, load
+
+    loaded = load(path, device=device)
+    if not isinstance(loaded, Model):
+        raise ProbekitError(f"--model {model!r}: {path.name} is a text-to-image pipeline, which has no latent spaces yet")
+    return loaded
+
+
+def checkpoints(model: str, space: str | None, device: str) -> dict[int, Place]:
+    """Every checkpoint's latent space. Raises ProbekitError as `checkpoint_paths`, and where one cannot be loaded."""
+    loaded = {step: load_checkpoint(model, path, device) for step, path in checkpoint_paths(model).items()}
+    return {step: Place(f"step {step}", made, made.space(space)) for step, made in loaded.items()}
 
 
 def probe_checkpoints(opened: Run, places: dict[int, Place], codes: Codes) -> pd.DataFrame:
@@ -155,61 +165,55 @@ def probe_checkpoints(opened: Run, places: dict[int, Place], codes: Codes) -> pd
     return found
 
 
-def sampling_checkpoints(model: str, places: dict[int, Place], steps: int, batch_size: int) -> dict[int, Denoising]:
-    """What samples from every checkpoint.
+def sampling_checkpoints(model: str, paths: dict[int, Path], steps: int) -> dict[int, str]:
+    """The fingerprint of every checkpoint; they are loaded one at a time.
 
     Raises ProbekitError where one is no diffusion model, has fewer timesteps than `steps`, or has other shapes than the last.
     """
-    denoisings: dict[int, Denoising] = {}
-    for step, place in places.items():
-        if place.model.diffusion is None:
+    digests, kinds = {}, {}
+    for step, path in paths.items():
+        loaded = load_checkpoint(model, path, "cpu")
+        if loaded.diffusion is None:
             raise ProbekitError(
-                f"--model {model!r}: {place.name} is a {place.model.family}, which makes no images from noise step by step"
+                f"--model {model!r}: {path.name} is a {loaded.family}, which makes no images from noise step by step"
             )
-        place.model.diffusion.schedule(steps)  # refuses too many
-        denoisings[step] = Denoising(place.model.diffusion, {}, batch_size)
-    shapes = {step: (*d.diffusion.shape, d.diffusion.image_size) for step, d in denoisings.items()}
-    *_, last = shapes
-    if other := [step for step in shapes if shapes[step] != shapes[last]]:
-        said = ", ".join(
-            f"{places[s].name} has states {'x'.join(map(str, shapes[s][:-1]))} and images of {shapes[s][-1]} pixels"
-            for s in (other[0], last)
-        )
+        loaded.diffusion.schedule(steps)  # refuses too many
+        sides = "x".join(map(str, loaded.diffusion.shape))
+        digests[step], kinds[step] = loaded.digest, f"has states {sides} and images of {loaded.diffusion.image_size} pixels"
+    *_, last = kinds
+    if other := [step for step in kinds if kinds[step] != kinds[last]]:
+        said = ", ".join(f"step {step} {kinds[step]}" for step in (other[0], last))
         raise ProbekitError(f"--model {model!r}: its checkpoints make no series ({said})")
-    return denoisings
+    return digests
 
 
-def sample_checkpoints(opened: Run, denoisings: dict[int, Denoising]) -> pd.DataFrame:
+def sample_checkpoints(opened: Run, paths: dict[int, Path], device: str, batch_size: int) -> pd.DataFrame:
     """The measures of every checkpoint that is not finished; then all rows.
 
-    The last one is sampled first, as all are compared with it. Samples are kept in states/step-<n>.npy.
+    The last one is sampled first, as all are compared with it, and one is loaded at a time. Samples are kept in
+    states/step-<n>.npy.
     """
     import torch
 
-    from probekit.sampling import sample
-
-    n, seed, steps, k = (opened.config["options"][name] for name in ("n", "seed", "steps", "neighbours"))
-    *_, last = denoisings
-    units = {step: f"step-{step:09d}" for step in denoisings}
-    waiting = [step for step in denoisings if not opened.finished(units[step])]
+    model, n, seed, steps, k = (opened.config["options"][name] for name in ("model", "n", "seed", "steps", "neighbours"))
+    *_, last = paths
+    units = {step: f"step-{step:09d}" for step in paths}
+    waiting = [step for step in paths if not opened.finished(units[step])]
     needed = {last, *waiting} if waiting else set()
-    with progress("sampling", len(denoisings) * n, done=(len(denoisings) - len(needed)) * n) as advance:
+    with progress("sampling", len(paths) * n, done=(len(paths) - len(needed)) * n) as advance:
 
-        def sampled(step: int) -> tuple[Tensor, Tensor]:
-            denoising, schedule = denoisings[step], denoisings[step].diffusion.schedule(steps)
+        def sampled(step: int) -> tuple[Tensor, Tensor, Tensor]:
+            diffusion = load_checkpoint(model, paths[step], device).diffusion
+            assert diffusion is not None
+            denoising = Denoising(diffusion, {}, batch_size)
+            states = torch.from_numpy(samples(opened, units[step], denoising, steps, n, seed, advance))
+            return diffusion.noise(range(n), seed), states, diffusion.decode(states)
 
-            def make(rows: range) -> Tensor:
-                noises = denoising.diffusion.noise(rows, seed)
-                return denoising.walk(noises, lambda denoiser, part: sample(denoiser, part, schedule).end)
-
-            states = torch.from_numpy(opened.states(units[step], n, denoising.diffusion.shape, make, advance))
-            return states, denoising.diffusion.decode(states)
-
-        if waiting:
-            noise, final = denoisings[last].diffusion.noise(range(n), seed), sampled(last)
+        final = sampled(last) if waiting else None
         for step in waiting:
-            states, pictures = final if step == last else sampled(step)
-            rows = mapping(noise, states) + alike(states, final[0], k) + alike_pictures(pictures, final[1], seed)
+            assert final is not None
+            noise, states, pictures = final if step == last else sampled(step)
+            rows = mapping(noise, states) + alike(states, final[1], k) + alike_pictures(pictures, final[2], seed)
             opened.write(units[step], _table(step, rows), {str(i): pictures[i] for i in range(EXAMPLES)})
     return opened.collect(list(units.values()))
 

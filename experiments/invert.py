@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +18,7 @@ from probekit.experiments.denoising import (
     Label,
     ModelName,
     Prompt,
+    as_picture,
     load,
     samples,
 )
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+    from probekit.data.dataset import Dataset
     from probekit.runs import Run
     from probekit.sampling import Denoiser
 
@@ -37,9 +41,14 @@ SHOWN = 6
 """Pictures that are kept as pictures."""
 POINTS = 25
 """Points between noise and latent, as in the reference."""
+KEPT = 2**27
+"""Numbers of all steps' states that are kept at a time: 512 MiB."""
 
 METHODS = "plain,fixed-point,renoised,edict"
 Methods = Annotated[str, typer.Option(help="Inversions, separated by commas: plain, fixed-point, renoised, edict.")]
+Renoised = Annotated[
+    int | None, typer.Option(min=0, help="Steps that renoised replaces by fresh noise. [default: a twentieth, one at least]")
+]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of sampling and of inversion.")]
 Source = Annotated[str | None, typer.Option("--data", help="Invert these images instead of samples: avatars, celeba:PATH, …")]
 Split = Annotated[str, typer.Option(help="Which of the data's images: train or test.")]
@@ -50,6 +59,7 @@ def run(
     model: ModelName = MODEL,
     methods: Methods = METHODS,
     steps: Steps = 50,
+    renoised: Renoised = None,
     n: Annotated[int, typer.Option("--n", min=20, help="How many pictures; correlations depend on it.")] = 256,
     data: Source = None,
     split: Split = "test",
@@ -68,11 +78,11 @@ def run(
     chosen = _methods(methods)
     denoising = load(model, device, dtype, prompt, label, guidance, batch_size)
     denoising.diffusion.schedule(steps)  # refuses what is no schedule before anything is written
-    options = (
-        denoising.options | {"methods": chosen, "steps": steps, "n": n, "seed": seed} | _images_of(denoising, data, split, n)
-    )
+    dataset, of_data = _images_of(denoising, data, split, n)
+    fresh = _renoised(renoised, steps)
+    options = denoising.options | {"methods": chosen, "steps": steps, "renoised": fresh, "n": n, "seed": seed} | of_data
     opened = Run(out or default_folder("invert-run", Path(model).name, options), "invert-run", options, sys.argv)
-    rows = _invert_all(opened, denoising, chosen)
+    rows = _invert_all(opened, denoising, chosen, dataset)
     show(opened.folder, opened.config | {"command": sys.argv}, rows)
 
 
@@ -81,6 +91,7 @@ def trajectory(
     model: ModelName = MODEL,
     method: Annotated[str, typer.Option(help="The latent's: plain, fixed-point, renoised or edict.")] = "plain",
     steps: Steps = 100,
+    renoised: Renoised = None,
     n: Annotated[int, typer.Option("--n", min=2, help="How many samples.")] = 64,
     prompt: Prompt = None,
     label: Label = None,
@@ -94,13 +105,15 @@ def trajectory(
     """How far every step of sampling is from every point on the way from noise to latent (figure 5)."""
     from probekit.runs import Run, default_folder
 
-    (method,) = _methods(method)
+    if len(_methods(method)) != 1:
+        raise ProbekitError(f"--method {method!r}: one inversion at a time")
     denoising = load(model, device, dtype, prompt, label, guidance, batch_size)
     denoising.diffusion.schedule(steps)
-    options = denoising.options | {"method": method, "steps": steps, "n": n, "seed": seed}
+    fresh = _renoised(renoised, steps)
+    options = denoising.options | {"method": method.strip(), "steps": steps, "renoised": fresh, "n": n, "seed": seed}
     folder = out or default_folder("invert-trajectory", Path(model).name, options)
     opened = Run(folder, "invert-trajectory", options, sys.argv)
-    rows = _follow(opened, denoising, method)
+    rows = _follow(opened, denoising)
     show_trajectory(opened.folder, opened.config | {"command": sys.argv}, rows)
 
 
@@ -109,6 +122,7 @@ def interpolate(
     model: ModelName = MODEL,
     methods: Methods = METHODS,
     steps: Steps = 50,
+    renoised: Renoised = None,
     data: Annotated[str, typer.Option(help="Where the two images are from: avatars, celeba:PATH, folder:PATH.")] = "avatars",
     split: Split = "test",
     pictures: Annotated[str, typer.Option(help="The two images' numbers in the split.")] = "0,1",
@@ -117,6 +131,7 @@ def interpolate(
     label: Label = None,
     guidance: Guidance = 1.0,
     seed: Seed = 0,
+    batch_size: BatchSize = 64,
     device: Device = "auto",
     dtype: Dtype = "auto",
     out: Out = None,
@@ -126,7 +141,7 @@ def interpolate(
     from probekit.runs import Run, default_folder
 
     chosen = _methods(methods)
-    denoising = load(model, device, dtype, prompt, label, guidance, frames)
+    denoising = load(model, device, dtype, prompt, label, guidance, batch_size)
     diffusion = denoising.diffusion
     diffusion.schedule(steps)
     images = load_data(data, diffusion.image_size)
@@ -135,8 +150,8 @@ def interpolate(
     if len(numbers) != 2 or not all(0 <= number < len(there) for number in numbers):
         raise ProbekitError(f"--pictures {pictures!r}: write two numbers from 0 to {len(there) - 1}, as 0,1")
     options = denoising.options | {
-        "methods": chosen, "steps": steps, "data": data, "data_digest": images.digest, "split": split,
-        "pictures": numbers, "frames": frames, "seed": seed,
+        "methods": chosen, "steps": steps, "renoised": _renoised(renoised, steps), "data": data,
+        "data_digest": images.digest, "split": split, "pictures": numbers, "frames": frames, "seed": seed,
     }  # fmt: skip
     folder = out or default_folder("invert-interpolate", Path(model).name, options)
     opened = Run(folder, "invert-interpolate", options, sys.argv)
@@ -154,36 +169,44 @@ def _methods(text: str) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def _images_of(denoising: Denoising, data: str | None, split: str, n: int) -> dict[str, Any]:
-    """The options that say which images are inverted. Raises ProbekitError where there are too few."""
+def _renoised(count: int | None, steps: int) -> int:
+    """`--renoised` as a number of steps. Raises ProbekitError for more than there are."""
+    count = max(1, round(0.05 * steps)) if count is None else count
+    if count > steps:
+        raise ProbekitError(f"--renoised {count}: there are {steps} steps")
+    return count
+
+
+def _images_of(denoising: Denoising, data: str | None, split: str, n: int) -> tuple[Dataset | None, dict[str, Any]]:
+    """The data set whose images are inverted, and the options that name it. Raises ProbekitError where there are too few."""
     from probekit.data import load as load_data
 
     if data is None:
-        return {"data": None}
+        return None, {"data": None}
     images = load_data(data, denoising.diffusion.image_size)
     if (there := len(images.split(split))) < n:
         raise ProbekitError(f"--n {n}: the {split} split of {data!r} has {there} images")
-    return {"data": data, "data_digest": images.digest, "split": split}
+    return images, {"data": data, "data_digest": images.digest, "split": split}
 
 
 # --- run ---------------------------------------------------------------------------------------------------------------
 
 
-def _invert_all(opened: Run, denoising: Denoising, methods: list[str]) -> pd.DataFrame:
+def _invert_all(opened: Run, denoising: Denoising, methods: list[str], dataset: Dataset | None) -> pd.DataFrame:
     """What is to be inverted, then every method that is not finished; then all rows."""
     import torch
 
     options = opened.config["options"]
     n, steps = options["n"], options["steps"]
     with progress("inverting", n * (1 + len(methods))) as advance:
-        images = _to_invert(opened, denoising, advance)
+        images = _to_invert(opened, denoising, dataset, advance)
         for method in methods:
             if opened.finished(method):
                 advance(n)
             else:
                 there_and_back = _there_and_back(opened, denoising, method, images, advance)
                 latents, back, calls = (torch.from_numpy(part) for part in there_and_back)
-                noise = denoising.diffusion.noise(range(n), options["seed"]) if options["data"] is None else None
+                noise = denoising.diffusion.noise(range(n), options["seed"]) if dataset is None else None
                 _measure(opened, denoising, method, noise, latents, torch.from_numpy(images[:]), back, calls)
         reference = "noise and sample"
         if not opened.finished(reference):
@@ -191,18 +214,16 @@ def _invert_all(opened: Run, denoising: Denoising, methods: list[str]) -> pd.Dat
     return opened.collect([reference, *methods])
 
 
-def _to_invert(opened: Run, denoising: Denoising, advance: Any) -> np.ndarray:
+def _to_invert(opened: Run, denoising: Denoising, dataset: Dataset | None, advance: Any) -> np.ndarray:
     """Noiseless states: samples from numbered noises, or the images of `--data`."""
-    from probekit.data import load as load_data
-
     options, diffusion = opened.config["options"], denoising.diffusion
-    if options["data"] is None:
-        return samples(opened, denoising, options["steps"], options["n"], options["seed"], advance)
-    data = load_data(options["data"], diffusion.image_size)
-    numbers = data.split(options["split"])[: options["n"]]
+    if dataset is None:
+        steps = options["steps"]
+        return samples(opened, f"samples-{steps}", denoising, steps, options["n"], options["seed"], advance)
+    numbers = dataset.split(options["split"])[: options["n"]]
 
     def make(rows: range) -> Tensor:
-        return diffusion.encode(data.images(numbers[rows.start : rows.stop]))
+        return diffusion.encode(dataset.images(numbers[rows.start : rows.stop]))
 
     return opened.states("images", options["n"], diffusion.shape, make, advance)
 
@@ -220,16 +241,15 @@ def _there_and_back(
     size = torch.Size(diffusion.shape).numel()
 
     def make(rows: range) -> Tensor:
-        generator = torch.Generator().manual_seed(options["seed"] * 1_000_003 + rows.start)
-
-        def way(denoiser: Denoiser, part: Tensor) -> Tensor:
-            there = inversion.invert(denoiser, part, schedule, generator)
+        def way(denoiser: Denoiser, both: Tensor) -> Tensor:
+            there = inversion.invert(denoiser, both[:, 0], schedule, both[:, 1], options["renoised"])
             back = inversion.back(denoiser, there.end, schedule).end
             latent, back = (states[:, 0] if inversion.pairs else states for states in (there.end, back))
-            calls = torch.full((len(part), 1), float(there.calls))
+            calls = torch.full((len(both), 1), float(there.calls))
             return torch.cat([latent.flatten(1).float(), back.flatten(1).float(), calls], 1)
 
-        return denoising.walk(torch.from_numpy(images[rows.start : rows.stop]), way)
+        fresh = diffusion.fresh_noise(rows, options["seed"])
+        return denoising.walk(torch.stack([torch.from_numpy(images[rows.start : rows.stop]), fresh], 1), way)
 
     whole = opened.states(f"{method}-{options['steps']}", options["n"], (2 * size + 1,), make, advance)
     latents, back = (whole[:, i * size : (i + 1) * size].reshape(-1, *diffusion.shape) for i in (0, 1))
@@ -243,6 +263,7 @@ def _measure(
     """All measures of one method's latents, as rows; pictures of the first."""
     import pandas as pd
     import torch
+    import torch.nn.functional as F
 
     from probekit.metrics import geometry
     from probekit.metrics.distributions import bootstrap
@@ -265,8 +286,9 @@ def _measure(
             rows.append(_summary(f"distance {measure}", *pair, len(images)))
         for corner, pair in geometry.angles(noise, latents, images).items():
             rows.append(_summary(f"angle at {corner}", *pair, len(images)))
-        if diffusion.shape == (3, diffusion.image_size, diffusion.image_size):
-            plain, textured = geometry.plain_and_textured(latents - noise, images)
+        if len(diffusion.shape) == 3:
+            pictures = F.interpolate(diffusion.decode(images), diffusion.shape[1:], mode="area")
+            plain, textured = geometry.plain_and_textured(latents - noise, pictures)
             of_each("error to the noise, plain areas", plain)
             of_each("error to the noise, textured areas", textured)
     frame = pd.DataFrame(rows)
@@ -336,17 +358,6 @@ def _pictures(denoising: Denoising, noise: Tensor | None, latents: Tensor, image
     return {f"{name}-{i}": picture for name, pictures in shown.items() for i, picture in enumerate(pictures)}
 
 
-def as_picture(states: Tensor) -> Tensor:
-    """States of unit variance as pictures (n, 3, h, w) in [-1, 1]: three standard deviations fill the range.
-
-    Of more than three channels the first three are shown, of fewer the first in grey; token sequences as one channel.
-    """
-    if states.ndim == 3:
-        states = states[:, None]
-    channels = states[:, :3] if states.shape[1] >= 3 else states[:, :1].expand(-1, 3, -1, -1)
-    return (channels / 3).clamp(-1, 1)
-
-
 def show(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> None:
     """Write the report of a finished `run` and print its result."""
     from probekit.report.inversion import print_measures, write_report
@@ -361,46 +372,54 @@ def show(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> None:
 # --- trajectory --------------------------------------------------------------------------------------------------------
 
 
-def _follow(opened: Run, denoising: Denoising, method: str) -> pd.DataFrame:
+def _follow(opened: Run, denoising: Denoising) -> pd.DataFrame:
     """Distances of every block of samples; then their mean over all."""
+    from probekit.runs import BLOCK
+
+    n = opened.config["options"]["n"]
+    blocks = {f"block-{start:06d}": range(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)}
+    with progress("following", n) as advance:
+        for unit, rows in blocks.items():
+            if opened.finished(unit):
+                advance(len(rows))
+            else:
+                _follow_block(opened, denoising, unit, rows, advance)
+    return opened.collect(list(blocks))
+
+
+def _follow_block(opened: Run, denoising: Denoising, unit: str, rows: range, advance: Callable[[int], None]) -> None:
+    """Mean distances of a block of samples, as its unit; the first block's pictures."""
     import numpy as np
     import pandas as pd
     import torch
 
     from probekit.metrics.geometry import interpolation_distances
-    from probekit.runs import BLOCK
     from probekit.sampling import sample
     from probekit.sampling.inversions import INVERSIONS
 
-    options, diffusion, inversion = opened.config["options"], denoising.diffusion, INVERSIONS[method]
-    schedule = diffusion.schedule(options["steps"])
-    size = min(BLOCK, denoising.batch_size)
-    blocks = [range(start, min(start + size, options["n"])) for start in range(0, options["n"], size)]
-    fractions = np.linspace(0, 1, POINTS)
-    with progress("following", options["n"]) as advance:
-        for rows in blocks:
-            unit = f"block-{rows.start:06d}"
-            if not opened.finished(unit):
-                denoiser, noise = diffusion.denoiser(len(rows)), diffusion.noise(rows, options["seed"])
-                walked = sample(denoiser, noise, schedule, keep=range(len(schedule) + 1))
-                generator = torch.Generator().manual_seed(options["seed"] * 1_000_003 + rows.start)
-                latents = inversion.invert(denoiser, walked.end, schedule, generator).end.cpu()
-                latents = latents[:, 0].float() if inversion.pairs else latents
-                states = torch.stack([walked.kept[i] for i in range(len(schedule) + 1)])
-                distances = interpolation_distances(states, noise, latents, POINTS).numpy()
-                frame = pd.DataFrame(
-                    {"step": np.repeat(np.arange(len(states)), POINTS), "point": np.tile(fractions, len(states)),
-                     "distance": distances.ravel(), "n": len(rows)}
-                )  # fmt: skip
-                pictures = {} if rows.start else {
-                    f"{name}-{i}": picture for name, states in (("noise", noise), ("latent", latents))
-                    for i, picture in enumerate(as_picture(states[:SHOWN]))
-                }  # fmt: skip
-                if not rows.start:
-                    pictures |= {f"sample-{i}": p for i, p in enumerate(diffusion.decode(walked.end[:SHOWN]))}
-                opened.write(unit, frame, pictures)
-            advance(len(rows))
-    return opened.collect([f"block-{rows.start:06d}" for rows in blocks])
+    options, diffusion = opened.config["options"], denoising.diffusion
+    schedule, inversion, seed = diffusion.schedule(options["steps"]), INVERSIONS[options["method"]], options["seed"]
+    count = len(schedule) + 1
+    most = max(1, KEPT // (count * math.prod(diffusion.shape)))
+    distances = torch.zeros(count, POINTS, dtype=torch.float64)
+    pictures: dict[str, Tensor] = {}
+    size = min(denoising.batch_size, most)
+    for numbers in (rows[start : start + size] for start in range(0, len(rows), size)):
+        denoiser, noise = diffusion.denoiser(len(numbers)), diffusion.noise(numbers, seed)
+        walked = sample(denoiser, noise, schedule, keep=range(count))
+        fresh = diffusion.fresh_noise(numbers, seed)
+        latents = inversion.invert(denoiser, walked.end, schedule, fresh, options["renoised"]).end.cpu()
+        latents = latents[:, 0].float() if inversion.pairs else latents
+        states = [walked.kept[i] for i in range(count)]
+        distances += interpolation_distances(states, noise, latents, POINTS) * len(numbers) / len(rows)
+        shown = {"noise": as_picture(noise), "latent": as_picture(latents), "sample": diffusion.decode(walked.end)}
+        pictures |= {f"{k}-{i}": shown[k][i - numbers.start] for k in shown for i in numbers if i < SHOWN}
+        advance(len(numbers))
+    frame = pd.DataFrame(
+        {"step": np.repeat(np.arange(count), POINTS), "point": np.tile(np.linspace(0, 1, POINTS), count),
+         "distance": distances.numpy().ravel(), "n": len(rows)}
+    )  # fmt: skip
+    opened.write(unit, frame, pictures)
 
 
 def show_trajectory(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> None:
@@ -434,30 +453,15 @@ def slerp(a: Tensor, b: Tensor, fractions: Tensor) -> Tensor:
 def _interpolate_all(opened: Run, denoising: Denoising, methods: list[str], images: Tensor) -> pd.DataFrame:
     """The frames of every method that is not finished, and how evenly they change; then all rows."""
     import pandas as pd
-    import torch
-    import torch.nn.functional as F
 
     from probekit.metrics import lpips
-    from probekit.sampling.inversions import INVERSIONS
 
-    options, diffusion = opened.config["options"], denoising.diffusion
-    schedule, states = diffusion.schedule(options["steps"]), diffusion.encode(images)
-    fractions = torch.linspace(0, 1, options["frames"], dtype=torch.float64)
+    states = denoising.diffusion.encode(images)
     with progress("interpolating", len(methods)) as advance:
         for method in methods:
             if not opened.finished(method):
-                inversion = INVERSIONS[method]
-                generator = torch.Generator().manual_seed(options["seed"])
-                ends = inversion.invert(diffusion.denoiser(2), states, schedule, generator).end.double()
-                # the two states of a pair each on a circle of their own
-                parts = ends.unbind(1) if inversion.pairs else [ends]
-                path = torch.stack([slerp(part[0], part[1], fractions) for part in parts], 1)
-                path = path if inversion.pairs else path[:, 0]
-                made = inversion.back(diffusion.denoiser(len(path)), path, schedule).end
-                frames = diffusion.decode((made[:, 0] if inversion.pairs else made).float())
-                large = F.interpolate(frames, (64, 64), mode="bilinear") if frames.shape[-1] < 64 else frames
-                with torch.no_grad():
-                    change = lpips.network()(large[:-1], large[1:]).flatten()
+                frames = _frames(denoising, method, states, opened.config["options"])
+                change = lpips.distances(frames[:-1], frames[1:])
                 error = (frames[[0, -1]] - images).flatten(1).square().mean(1).sqrt()
                 frame = pd.DataFrame(
                     {"method": method, "frame": range(1, len(frames)), "lpips": change.numpy(),
@@ -467,6 +471,24 @@ def _interpolate_all(opened: Run, denoising: Denoising, methods: list[str], imag
                 opened.write(method, frame, pictures | {"from": images[0], "to": images[1]})
             advance(1)
     return opened.collect(methods)
+
+
+def _frames(denoising: Denoising, method: str, states: Tensor, options: dict[str, Any]) -> Tensor:
+    """What is sampled from the great circle between the latents of two states, as images (frames, 3, h, w)."""
+    import torch
+
+    from probekit.sampling.inversions import INVERSIONS
+
+    diffusion, inversion = denoising.diffusion, INVERSIONS[method]
+    schedule, fresh = diffusion.schedule(options["steps"]), diffusion.fresh_noise(range(2), options["seed"])
+    ends = inversion.invert(diffusion.denoiser(2), states, schedule, fresh, options["renoised"]).end.double()
+    # the two states of a pair each on a circle of their own
+    parts = ends.unbind(1) if inversion.pairs else [ends]
+    fractions = torch.linspace(0, 1, options["frames"], dtype=torch.float64)
+    path = torch.stack([slerp(part[0], part[1], fractions) for part in parts], 1)
+    path = path if inversion.pairs else path[:, 0]
+    made = denoising.walk(path, lambda denoiser, part: inversion.back(denoiser, part, schedule).end)
+    return diffusion.decode((made[:, 0] if inversion.pairs else made).float())
 
 
 def show_interpolation(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from probekit.experiments.denoising import (
     Label,
     ModelName,
     Prompt,
+    as_picture,
     load,
     samples,
     step_counts,
@@ -38,9 +38,6 @@ app = typer.Typer(help="Which noise belongs to which sample, by L2.", no_args_is
 
 EXAMPLES = 6
 """Samples that are drawn with their nearest noise, and noises whose nearest sample is another's."""
-MARGIN_ROWS = 256
-"""Rows whose distances to all candidates are measured."""
-_VALUES = 2**25  # numbers of states that are compared at a time: 128 MiB
 
 
 @app.callback()
@@ -79,7 +76,7 @@ def run(
     pixels = diffusion.shape == (3, diffusion.image_size, diffusion.image_size)
     options: dict[str, Any] = denoising.options | {
         "prediction": prediction, "space": "pixels" if pixels else "latents", "shape": list(diffusion.shape), "steps": counts,
-        "n": n, "splits": splits, "seed": seed, "dtype": dtype,
+        "n": n, "splits": splits, "seed": seed,
     }  # fmt: skip
     folder = out or default_folder("noise-map-run", Path(model).name, options)
     opened = Run(folder, "noise-map-run", options, sys.argv)
@@ -100,7 +97,7 @@ def match_all(opened: Run, denoising: Denoising, device: str) -> pd.DataFrame:
             noise = opened.states("noise", n, diffusion.shape, lambda rows: diffusion.noise(rows, seed), advance)
     for steps in waiting:
         with progress(f"sampling in {steps} steps", n) as advance:
-            sampled = samples(opened, denoising, steps, n, seed, advance)
+            sampled = samples(opened, f"samples-{steps}", denoising, steps, n, seed, advance)
         with progress(f"matching at {steps} steps", 2 * n) as advance:
             _match(opened, denoising, steps, noise, sampled, choose_device(device), advance)
     return opened.collect([unit(steps) for steps in options["steps"]])
@@ -120,61 +117,23 @@ def _match(
     import pandas as pd
     import torch
 
+    from probekit.metrics import geometry
     from probekit.metrics.distributions import share_interval
     from probekit.report.noise_map import TO_NOISE, TO_SAMPLE, unit
 
     n = len(noise)
     rows, found = [], {}
     for direction, queries, candidates in ((TO_NOISE, sampled, noise), (TO_SAMPLE, noise, sampled)):
-        found[direction] = answers = _nearest(queries, candidates, device, on_rows)
-        right = answers == torch.arange(n)
-        parts = torch.stack([part.double().mean() for part in right.tensor_split(opened.config["options"]["splits"])])
-        low, high = share_interval(int(right.sum()), n)
-        own, other = margin(queries, candidates)
-        rows.append({"steps": steps, "direction": direction, "accuracy": 100 * int(right.sum()) / n,
-                     "std": 100 * float(parts.std()), "low": 100 * low, "high": 100 * high, "n": n, "chance": 100 / n,
-                     "wrong": int((~right).sum()), "named": len(set(answers[~right].tolist())),
-                     "own": own, "other": other})  # fmt: skip
+        found[direction] = answers = geometry.nearest(queries, candidates, device=device, on_rows=on_rows)
+        accuracy, std = geometry.matching_accuracy(answers, opened.config["options"]["splits"])
+        wrong = answers != torch.arange(n)
+        low, high = share_interval(n - int(wrong.sum()), n)
+        own, other = geometry.margin(queries, candidates)
+        rows.append({"steps": steps, "direction": direction, "accuracy": 100 * accuracy, "std": 100 * std, "low": 100 * low,
+                     "high": 100 * high, "n": n, "chance": 100 / n, "wrong": int(wrong.sum()),
+                     "named": len(set(answers[wrong].tolist())), "own": own, "other": other})  # fmt: skip
     pictures = _pictures(denoising, noise, sampled, found[TO_NOISE].tolist(), found[TO_SAMPLE].tolist())
     opened.write(unit(steps), pd.DataFrame(rows), pictures)
-
-
-def _nearest(queries: np.ndarray, candidates: np.ndarray, device: torch.device, on_rows: Callable[[int], None]) -> Tensor:
-    """`nearest` of all queries, a block at a time."""
-    import torch
-
-    from probekit.metrics.geometry import nearest
-
-    block, found = _block(queries), []
-    for start in range(0, len(queries), block):
-        found.append(nearest(queries[start : start + block], candidates, block=block, device=device))
-        on_rows(len(found[-1]))
-    return torch.cat(found)
-
-
-def margin(queries: np.ndarray, candidates: np.ndarray, rows: int = MARGIN_ROWS) -> tuple[float, float]:
-    """Mean L2 distance of the first `rows` queries to their own candidate, and to the nearest of all others; in float64."""
-    import numpy as np
-    import torch
-
-    def flat(part: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(part)).double().flatten(1)
-
-    block, asked = _block(queries), flat(queries[:rows])
-    number = torch.arange(len(asked))
-    own = (asked - flat(candidates[: len(asked)])).norm(dim=1)
-    least = torch.full_like(own, math.inf)
-    for start in range(0, len(candidates), block):
-        part = flat(candidates[start : start + block])
-        distance = torch.cdist(asked, part)
-        distance[number[:, None] == start + torch.arange(len(part))] = math.inf
-        least = torch.minimum(least, distance.amin(1))
-    return float(own.mean()), float(least.mean())
-
-
-def _block(states: np.ndarray) -> int:
-    """How many states are compared at a time."""
-    return max(1, min(2048, _VALUES // math.prod(states.shape[1:])))
 
 
 def _pictures(
@@ -191,7 +150,7 @@ def _pictures(
         return denoising.diffusion.decode(torch.from_numpy(np.array(sampled[row]))[None])[0]
 
     def drawn(row: int) -> Tensor:
-        return noise_picture(torch.from_numpy(np.array(noise[row])))
+        return as_picture(torch.from_numpy(np.array(noise[row]))[None])[0]
 
     pictures: dict[str, Tensor] = {}
     for row, answer in list(enumerate(of_samples))[:EXAMPLES]:
@@ -201,17 +160,6 @@ def _pictures(
         parts = {"noise": drawn(row), "own": image(row), "nearest": image(answer)}
         pictures |= {f"missed-{row}-{answer}-{part}": picture for part, picture in parts.items()}
     return pictures
-
-
-def noise_picture(noise: Tensor) -> Tensor:
-    """Noise (c, h, w) as a picture (3, h, w) in [-1, 1], which are 3 standard deviations: its first three channels.
-
-    Fewer channels are repeated; tokens (n, c), Flux's, are laid out as a square.
-    """
-    if noise.ndim == 2:
-        side = math.isqrt(len(noise))
-        noise = noise[: side * side].T.reshape(-1, side, side)
-    return (noise[[min(channel, len(noise) - 1) for channel in range(3)]] / 3).clamp(-1, 1)
 
 
 def show(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> None:

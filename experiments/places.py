@@ -27,7 +27,7 @@ Data = Annotated[str, typer.Option(help="avatars, celeba:PATH, folder:PATH or a 
 Train = Annotated[int, typer.Option(min=10, help="Images that maps and probes are fitted on.")]
 Test = Annotated[int, typer.Option(min=2, help="Images that they are tested on.")]
 Alpha = Annotated[str, typer.Option(help="Ridge penalty: loo (leave-one-out), paper (its table 1) or a number.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of noise, samples and bootstrap.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of noise, samples and bootstrap.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Out = Annotated[Path | None, typer.Option(help="The run's folder. [default: runs/…]")]
 

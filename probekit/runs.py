@@ -82,7 +82,7 @@ class Run:
     def states(
         self, name: str, n: int, shape: Sequence[int], make: Callable[[range], Tensor], on_block: Callable[[int], None]
     ) -> np.ndarray:
-        """A float32 array (n, *shape) in states/NAME.npy, not held in memory.
+        """A float32 array (n, *shape) in states/NAME.npy, not held in memory; writing to it does not reach the file.
 
         make: gives the rows of a block of `BLOCK`; blocks that an earlier run has finished are not made again.
         on_block: told how many rows each block has, finished ones included.
@@ -92,16 +92,22 @@ class Run:
         file, mark = self.folder / "states" / f"{name}.npy", self.folder / "states" / f"{name}.done"
         with writing(self.folder):
             file.parent.mkdir(exist_ok=True)
-            done = int(mark.read_text()) if mark.exists() and file.exists() else 0
-            array = np.lib.format.open_memmap(file, "r+" if done else "w+", np.float32, (n, *shape))
+            told = mark.read_text().split() if mark.exists() and file.exists() else []
+            # a file of another size was cut short, and would be filled with zeros
+            done = int(told[0]) if len(told) == 2 and int(told[1]) == file.stat().st_size else 0
+            if not done:
+                np.lib.format.open_memmap(file, "w+", np.float32, (n, *shape))
             on_block(done)
             for start in range(done, n, BLOCK):
                 rows = range(start, min(start + BLOCK, n))
-                array[rows.start : rows.stop] = make(rows).numpy()
+                made = make(rows).numpy()
+                # opened anew for each block: what was written through a map counts as the process's memory
+                array = np.lib.format.open_memmap(file, "r+")
+                array[rows.start : rows.stop] = made
                 array.flush()
-                write_whole(mark, str(rows.stop).encode())
+                write_whole(mark, f"{rows.stop} {file.stat().st_size}".encode())
                 on_block(len(rows))
-        return array
+            return np.load(file, mmap_mode="c")
 
     def collect(self, units: Sequence[str]) -> pd.DataFrame:
         """All rows in the order of `units`; also written to results.parquet, unless there are none."""

@@ -20,8 +20,8 @@ PROBEKIT = [sys.executable, "-c", "from probekit.cli import main; main()"]
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
-def killed_once(arguments: Sequence[object], cwd: Path, out: str) -> dict[Path, int]:
-    """Start a run, kill it after its first unit, start it again; the first units and when they were written."""
+def killed_once(arguments: Sequence[object], cwd: Path, out: str, *, again: Sequence[object] | None = None) -> dict[Path, int]:
+    """Start a run, kill it after its first unit, start it (or `again`) again; the first units and when they were written."""
     process = subprocess.Popen(
         [*PROBEKIT, *map(str, arguments), "--out", out],
         env=OFFLINE,
@@ -37,8 +37,8 @@ def killed_once(arguments: Sequence[object], cwd: Path, out: str) -> dict[Path, 
     assert not (cwd / out / "results.parquet").exists(), "it was over before it could be killed"
     finished = {path: path.stat().st_mtime_ns for path in units.glob("*.parquet")}
     assert finished
-    again = probekit(*arguments, "--out", out, cwd=cwd)
-    assert again.returncode == 0, again.stderr
+    second = probekit(*map(str, again or arguments), "--out", out, cwd=cwd)
+    assert second.returncode == 0, second.stderr
     assert {path: path.stat().st_mtime_ns for path in finished} == finished  # what was done is not done again
     return finished
 

@@ -16,10 +16,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from probekit.experiments.invert import as_picture, slerp
+from probekit.experiments import invert as experiment
+from probekit.experiments.invert import slerp
 
 from probekit.models import load_diffusion
 from probekit.sampling import invert, sample
+from tests.test_cli import killed_once
 from tests.test_sampling import smooth
 
 COMMAND = [sys.executable, "-c", "from probekit.cli import main; main()"]
@@ -132,16 +134,56 @@ def test_a_rectified_flow_s_trajectory_is_held_against_every_point(folder: Path)
     )
     assert made.returncode == 0, made.stderr
     rows = pd.read_parquet(folder / "way" / "results.parquet")
-    assert len(rows) == 2 * 9 * 25 and set(rows.n) == {4, 2}
+    assert len(rows) == 9 * 25 and set(rows.n) == {6}
     _, diffusion = load_diffusion(str(folder / "flow"), device="cpu")
-    noise, schedule = diffusion.noise(range(4), 0), diffusion.schedule(8)
-    end = sample(diffusion.denoiser(4), noise, schedule).end
-    latent = invert(diffusion.denoiser(4), end, schedule).end
-    first = rows[rows.n == 4].pivot(index="step", columns="point", values="distance").to_numpy()
+    noise, schedule = diffusion.noise(range(6), 0), diffusion.schedule(8)
+    end = sample(diffusion.denoiser(6), noise, schedule).end
+    latent = invert(diffusion.denoiser(6), end, schedule).end
+    first = rows.pivot(index="step", columns="point", values="distance").to_numpy()
     assert first[0, 0] == 0 and first[0, -1] == pytest.approx((noise - latent).flatten(1).norm(dim=1).mean().item(), rel=1e-4)
     assert first[8, -1] == pytest.approx((end - latent).flatten(1).norm(dim=1).mean().item(), rel=1e-4)
     assert "nearest to the latent after" in made.stdout
     assert probekit("describe", "way", cwd=folder).returncode == 0
+
+
+def test_a_trajectory_is_the_same_however_many_rows_go_at_a_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import typer
+
+    monkeypatch.chdir(folder)
+    found = []
+    for size, kept in ((64, 2**27), (3, 2**27), (64, 1)):
+        monkeypatch.setattr(experiment, "KEPT", kept)  # with 1, a row at a time
+        options = ["--model", "ddpm", "--steps", "5", "--n", "7", "--method", "renoised", "--device", "cpu"]
+        arguments = ["trajectory", *options, "--batch-size", str(size), "--out", f"rows-{size}-{kept}"]
+        typer.main.get_command(experiment.app)(arguments, standalone_mode=False)
+        found.append(pd.read_parquet(folder / f"rows-{size}-{kept}" / "results.parquet"))
+        assert len(list((folder / f"rows-{size}-{kept}" / "images" / "block-000000").glob("*.png"))) == 3 * experiment.SHOWN
+    for other in found[1:]:
+        pd.testing.assert_frame_equal(other, found[0], rtol=1e-5)
+
+
+def test_a_killed_trajectory_goes_on_with_another_batch_size_and_counts_no_row_twice(folder: Path) -> None:
+    arguments = ["invert", "trajectory", "--model", "ddpm", "--steps", "10", "--n", "192", "--device", "cpu"]
+    killed_once([*arguments, "--batch-size", "64"], folder, "cut", again=[*arguments, "--batch-size", "48"])
+    rows = pd.read_parquet(folder / "cut" / "results.parquet")
+    assert len(rows) == 3 * 11 * 25 and rows.n.sum() == 192 * 11 * 25
+
+
+def test_a_killed_interpolation_keeps_what_it_has(folder: Path) -> None:
+    arguments = ["invert", "interpolate", "--model", "ddpm", "--steps", "20", "--data", "folder:images", "--device", "cpu"]
+    killed_once(arguments, folder, "cut-between")
+    rows = pd.read_parquet(folder / "cut-between" / "results.parquet")
+    assert list(rows.method.unique()) == ["plain", "fixed-point", "renoised", "edict"]
+
+
+def test_the_remedy_s_noise_is_not_the_sample_s_own(folder: Path) -> None:
+    _, diffusion = load_diffusion(str(folder / "ddpm"), device="cpu")
+    noise, fresh = diffusion.noise(range(64), 0), diffusion.fresh_noise(range(64), 0)
+    assert torch.equal(fresh[5:], diffusion.fresh_noise(range(5, 64), 0))
+    alike = torch.corrcoef(torch.cat([noise, fresh]).flatten(1)) - torch.eye(128)
+    assert alike.abs().max() < 0.5  # of 192 values
 
 
 def test_two_images_become_each_other(folder: Path) -> None:
@@ -153,6 +195,8 @@ def test_two_images_become_each_other(folder: Path) -> None:
     rows = pd.read_parquet(folder / "between" / "results.parquet")
     assert list(rows.groupby("method", sort=False).size()) == [3, 3]
     assert rows[rows.method == "edict"].end_error.max() < 1e-3
+    two = probekit("invert", "trajectory", "--model", "ddpm", "--method", "plain,edict", "--out", "x", cwd=folder)
+    assert two.returncode == 2 and "--method 'plain,edict'" in two.stderr and not (folder / "x").exists()
     wrong = probekit(
         "invert", "interpolate", "--model", "ddpm", "--data", "folder:images", "--pictures", "0,x", "--out", "x", cwd=folder
     )
@@ -172,17 +216,13 @@ def test_great_circles_keep_the_norm_and_meet_their_ends() -> None:
     assert torch.allclose(slerp(a, a, torch.tensor([0.5], dtype=torch.float64))[0], a)
 
 
-def test_states_of_any_shape_become_pictures() -> None:
-    assert as_picture(torch.full((2, 4, 8, 8), 3.0)).shape == (2, 3, 8, 8)
-    assert as_picture(torch.full((2, 1, 8, 8), 30.0)).max() == 1
-    assert as_picture(torch.zeros(2, 16, 64)).shape == (2, 3, 16, 64)
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--methods", "plain,backwards"], "inversion 'backwards': choose plain, fixed-point, renoised, edict"),
         (["--steps", "2000"], "steps 2000: choose 1 to 1000"),
+        (["--steps", "20", "--renoised", "21"], "--renoised 21: there are 20 steps"),
+        (["--seed", "99999999999999999"], "--seed"),
         (["--model", "random"], "makes no images from noise"),
         (["--model", "nowhere"], "nowhere"),
         (["--prompt", "a dog"], "--prompt 'a dog'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,25 @@ def test_an_ldm_samples_what_its_pipeline_does(ldm_folder: Path) -> None:
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert torch.allclose(diffusion.encode(images), 0.5 * model.space().encode(images), atol=1e-6)
     assert model.space("inverted").encode(images).shape == (2, 3, 8, 8)
+
+
+def test_a_vq_vae_whose_files_name_no_factor_has_none(ldm_folder: Path) -> None:
+    """As the files of CompVis/ldm-celebahq-256, which are older than diffusers' default."""
+    config = ldm_folder / "vqvae" / "config.json"
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "scaling_factor"}))
+    model, diffusion = load_diffusion(str(ldm_folder), device="cpu")
+    assert isinstance(model, Model)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    states = diffusion.encode(images)
+    assert torch.allclose(states, model.space("grid").encode(images), atol=1e-6)
+    assert torch.allclose(diffusion.decode(states), model.space("grid").decode(states), atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [{"sample_size": (8, 8)}, {"num_class_embeds": 10}])
+def test_a_u_net_that_cannot_be_sampled_is_refused_when_it_is_loaded(ldm_folder: Path, wrong: dict[str, Any]) -> None:
+    tiny(**wrong).save_pretrained(ldm_folder / "unet")
+    with pytest.raises(ProbekitError, match=next(iter(wrong)).removeprefix("num_").split("_")[0]):
+        load_diffusion(str(ldm_folder), device="cpu")
 
 
 def test_a_dit_samples_what_its_pipeline_does(dit_folder: Path) -> None:

@@ -142,7 +142,8 @@ def test_a_schedule_of_another_kind_with_betas_is_ddim_s() -> None:
     [
         (EDMEulerScheduler(), "EDMEulerScheduler: has no betas"),
         (FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), "has stochastic_sampling, which cannot be inverted"),
-        (DDIMScheduler(prediction_type="sample"), "prediction_type 'sample'"),
+        (DDIMScheduler(prediction_type="sample"), "scheduler DDIMScheduler: its network predicts 'sample'"),
+        (DDIMScheduler(rescale_betas_zero_snr=True), "scheduler DDIMScheduler: its last timestep has no signal"),
     ],
 )
 def test_a_scheduler_that_cannot_be_inverted_is_refused_by_name(scheduler: Any, said: str) -> None:
@@ -234,6 +235,19 @@ def test_fixed_point_beats_plain_inversion_and_coupled_states_are_exact(schedule
     assert (sample_coupled(predict, latents.end, schedule).end[:, 0] - image).abs().max() < bar
 
 
+def test_a_slow_fixed_point_is_found_in_few_calls() -> None:
+    schedule = Schedule.of(FlowMatchEulerDiscreteScheduler(), 1)  # state - prediction is the image
+    slopes = torch.tensor([0.95, -0.8, 0.5], dtype=torch.float64)  # unaccelerated, 0.95 ** n of the error is left
+
+    def predict(states: Tensor, timestep: float) -> Tensor:
+        return slopes * states
+
+    start = torch.randn(4, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    start[3] = 0  # solved from the beginning
+    found = invert_fixed_point(predict, start, schedule)
+    assert torch.allclose(found.end, start / (1 - slopes), atol=1e-4) and found.calls < 10
+
+
 def test_a_fixed_point_never_leads_back_worse_than_the_guess_it_starts_from() -> None:
     # as steep as a network can be: repeating diverges
     def steep(states: Tensor, timestep: float) -> Tensor:
@@ -255,11 +269,11 @@ def test_renoising_no_step_is_plain_inversion_and_all_steps_the_forward_process(
     image = images(2)
 
     def renoised(count: int, **options: Any) -> Any:
-        return invert_renoised(predict, image, schedule, torch.Generator().manual_seed(3), renoised=count, **options)
+        return invert_renoised(predict, image, schedule, epsilon, renoised=count, **options)
 
+    epsilon = torch.randn(image.shape, generator=torch.Generator().manual_seed(3))
     assert torch.equal(renoised(0).end, invert(predict, image, schedule).end)
     signal, noise = schedule.level(0)
-    epsilon = torch.randn(image.shape, generator=torch.Generator().manual_seed(3))
     everything = renoised(8, keep=[8])
     assert everything.calls == 0 and torch.allclose(everything.end, signal * image + noise * epsilon, atol=1e-6)
     assert torch.equal(everything.kept[8], image)
@@ -291,6 +305,22 @@ def test_a_captioned_transformer_samples_what_its_pipeline_does(tiny_sd3: Any, t
     denoiser = denoisers.captioned(tiny_sd3, rows, 2.0)
     made = sample(denoiser, noise, Schedule.of(tiny_sd3.scheduler, 4)).end
     assert torch.allclose(made, expected, atol=1e-4)
+    # Flux's latents are tokens, and its sigmas end at 1 / steps, shifted with their number or not
+    rows = [{k: v for k, v in embedded(seed, negative=False).items() if k != "generator"} for seed in (1, 2)]
+    noise = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))
+    plain = tiny_flux.scheduler
+    try:
+        for scheduler in (plain, SHIFTED):
+            tiny_flux.scheduler = scheduler
+            expected = tiny_flux(**hooks.stack(rows), latents=noise, guidance_scale=1.0, **options).images
+            denoiser, schedule = denoisers.captioned(tiny_flux, rows, height=16, width=16), Schedule.of(scheduler, 4, tokens=16)
+            made = sample(denoiser, noise, schedule).end
+            assert torch.allclose(made, expected, atol=1e-4)
+            pair = torch.stack([made, made], 1).double()
+            there = invert_coupled(denoiser, pair, schedule).end
+            assert torch.allclose(sample_coupled(denoiser, there, schedule).end, pair, atol=1e-4)
+    finally:
+        tiny_flux.scheduler = plain
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ std is that of the values named, over their number less one, and NaN of one valu
 from __future__ import annotations
 
 import math
+import mmap
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ Rows = Float[Tensor, "n ..."] | Float[np.ndarray, "n ..."]
 
 _ROWS = 256  # rows that are held in float64 at a time
 _COLUMNS = 1024  # pixels whose correlations with all others are held at a time
+_VALUES = 2**25  # values of queries, and of candidates, that are compared at a time: 128 MiB
 
 
 def top_correlations(x: Float[Tensor, "n c h w"], k: int = 10, patch: int | None = None) -> tuple[float, float]:
@@ -100,17 +103,18 @@ def distances(
 
 
 def interpolation_distances(
-    states: Float[Tensor, "s n ..."], noise: Float[Tensor, "n ..."], latent: Float[Tensor, "n ..."], points: int = 25
-) -> Float[Tensor, "s points"]:
+    states: Sequence[Tensor] | Float[Tensor, "s n ..."], noise: Float[Tensor, "n ..."], latent: Float[Tensor, "n ..."],
+    points: int = 25,
+) -> Float[Tensor, "s points"]:  # fmt: skip
     """How far each state of a trajectory is from points of the way from noise to latent; float64, on the CPU.
 
     D[i, j] = mean over rows of |x_i - (a_j latent + (1 - a_j) noise)|, a_j = linspace(0, 1, points). Source: Hidden
     Relations, figure 5. Raises ProbekitError for shapes that do not go together, values that are not finite, and fewer than
     2 points.
     """
-    if noise.ndim < 2 or len(noise) == 0 or latent.shape != noise.shape or states.shape[1:] != noise.shape:
-        shapes = f"{tuple(states.shape)}, {tuple(noise.shape)} and {tuple(latent.shape)}"
-        raise ProbekitError(f"states, noise and latent of shapes {shapes}: (s, n, ...), (n, ...) and (n, ...), n at least 1")
+    shapes = [tuple(x.shape) for x in (noise, latent, *states)]
+    if noise.ndim < 2 or len(noise) == 0 or (other := [shape for shape in shapes if shape != shapes[0]]):
+        raise ProbekitError(f"states, noise and latent of shapes {[shapes[0], *other]}: one shape (n, ...), n at least 1")
     if points < 2:
         raise ProbekitError(f"points {points}: at least 2, the two ends")
     a = torch.linspace(0, 1, points, dtype=torch.float64)
@@ -127,17 +131,19 @@ def interpolation_distances(
     return total / len(noise)
 
 
-def nearest(queries: Rows, candidates: Rows, *, block: int = 2048, device: str | torch.device = "cpu") -> Int[Tensor, "n"]:
+def nearest(
+    queries: Rows, candidates: Rows, *, block: int | None = None, device: str | torch.device = "cpu",
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> Int[Tensor, "n"]:  # fmt: skip
     """The number of each query's L2-nearest candidate among all m, (n,) on the CPU; the first of equal candidates.
 
     Tensors or arrays (n, ...) and (m, ...) with rows of one shape, flattened; memory maps and half precision too, as only
-    `block` rows of each are converted at a time. In float64 where both are, else in float32: candidates that are equally
-    near to its rounding may stand for each other. Raises ProbekitError for rows that cannot be compared, values that are not
-    finite, and a block below 1.
+    `block` rows of each are converted at a time: 2,048 or, of long ones, 128 MiB. In float64 where both are, else in float32:
+    candidates that are equally near to its rounding may stand for each other. on_rows: told how many queries each block had.
+    Raises ProbekitError for rows that cannot be compared, values that are not finite, and a block below 1.
     """
-    if min(queries.ndim, candidates.ndim) < 2 or queries.shape[1:] != candidates.shape[1:] or len(candidates) == 0:
-        shapes = f"{tuple(queries.shape)} and {tuple(candidates.shape)}"
-        raise ProbekitError(f"queries and candidates of shapes {shapes}: rows of one shape, at least 1 candidate")
+    _check_rows(queries, candidates)
+    block = _block_length(queries) if block is None else block
     if block < 1:
         raise ProbekitError(f"block {block}: at least 1 row")
     kind = torch.float64 if queries.dtype.itemsize == candidates.dtype.itemsize == 8 else torch.float32
@@ -161,26 +167,42 @@ def nearest(queries: Rows, candidates: Rows, *, block: int = 2048, device: str |
             best = torch.where(closer, least, best)
             number = torch.where(closer, index + start, number)
         found[first : first + len(q)] = number.cpu()
+        on_rows(len(q))
     return found
 
 
-def matching_accuracy(
-    queries: Rows, candidates: Rows, splits: int = 8, *, block: int = 2048, device: str | torch.device = "cpu"
-) -> tuple[float, float]:
-    """The share of queries whose nearest of all n candidates is that of their own row: mean and std over splits, in [0, 1].
+def matching_accuracy(answers: Int[Tensor, " n"], splits: int = 8) -> tuple[float, float]:
+    """The share of rows whose nearest of all n candidates is that of their own row, and its std over splits, in [0, 1].
 
-    splits: that many disjoint runs of queries, equal to within a row; the candidates are not split. Candidates that have
-    nothing to do with the queries give 1 / n. One answer a row is `nearest(queries, candidates) == torch.arange(n)`.
-    Source: Hidden Relations, "Noise-to-Sample mapping" (noise to sample, and back). Raises ProbekitError as `nearest`, and
-    for other than as many candidates as queries, or splits outside 1 … n.
+    answers: what `nearest` gives for n queries and as many candidates. splits: that many disjoint runs of rows, equal to within
+    a row; the candidates are not split. Candidates that have nothing to do with the queries give 1 / n. Source: Hidden
+    Relations, "Noise-to-Sample mapping" (noise to sample, and back). Raises ProbekitError for splits outside 1 … n.
     """
-    n = len(queries)
-    if n != len(candidates):
-        raise ProbekitError(f"{n} queries and {len(candidates)} candidates: rows correspond, so as many of both")
+    n = len(answers)
     if not 1 <= splits <= n:
-        raise ProbekitError(f"splits {splits}: 1 to {n}, the number of queries")
-    hits = (nearest(queries, candidates, block=block, device=device) == torch.arange(n)).double()
-    return _mean_and_std(torch.stack([part.mean() for part in hits.tensor_split(splits)]))
+        raise ProbekitError(f"splits {splits}: 1 to {n}, the number of rows")
+    hits = (answers == torch.arange(n)).double()
+    _, std = _mean_and_std(torch.stack([part.mean() for part in hits.tensor_split(splits)]))
+    return float(hits.mean()), std
+
+
+def margin(queries: Rows, candidates: Rows, rows: int = _ROWS) -> tuple[float, float]:
+    """Mean L2 distance of the first `rows` queries to the candidate of their own row, and to the nearest of all others.
+
+    In float64, on the CPU. Raises ProbekitError for rows that cannot be compared.
+    """
+    _check_rows(queries, candidates)
+    block, cpu = _block_length(queries), "cpu"
+    asked = _block(queries, 0, rows, torch.float64, cpu)
+    number = torch.arange(len(asked))
+    own = (asked - _block(candidates, 0, len(asked), torch.float64, cpu)).norm(dim=1)
+    least = torch.full_like(own, math.inf)
+    for start in range(0, len(candidates), block):
+        part = _block(candidates, start, block, torch.float64, cpu)
+        distance = torch.cdist(asked, part)
+        distance[number[:, None] == start + torch.arange(len(part))] = math.inf
+        least = torch.minimum(least, distance.amin(1))
+    return float(own.mean()), float(least.mean())
 
 
 def plain_and_textured(
@@ -256,4 +278,20 @@ def _block(rows: Rows, start: int, size: int, kind: torch.dtype, device: str | t
     part = rows[start : start + size]
     if isinstance(part, np.ndarray):
         part = torch.from_numpy(np.array(part))  # a copy: torch warns of memory maps that cannot be written
+        base: object = rows
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if isinstance(base, mmap.mmap) and hasattr(base, "madvise"):
+            # what was read through a map counts as the process's memory until it is given back
+            base.madvise(mmap.MADV_DONTNEED)
     return part.detach().to(device, kind).flatten(1)
+
+
+def _block_length(rows: Rows) -> int:
+    return max(1, min(2048, _VALUES // math.prod(rows.shape[1:])))
+
+
+def _check_rows(queries: Rows, candidates: Rows) -> None:
+    if min(queries.ndim, candidates.ndim) < 2 or queries.shape[1:] != candidates.shape[1:] or len(candidates) == 0:
+        shapes = f"{tuple(queries.shape)} and {tuple(candidates.shape)}"
+        raise ProbekitError(f"queries and candidates of shapes {shapes}: rows of one shape, at least 1 candidate")

@@ -93,7 +93,14 @@ def load_diffusion(
     prompt: the caption of a text-to-image model's images, empty where it is None; label: the class of a DiT's. Raises
     ProbekitError for a model without noise to start from, and for a prompt, label or guidance that the model has no use for.
     """
-    loaded = load(name_or_path, device=device, dtype=dtype)
+    name, path = str(name_or_path), _path(name_or_path)
+    guided = label is not None or guidance != 1
+    of_class = guided and (path.is_dir() or re.fullmatch(_HUB_ID, name)) and _pipeline_class(path) == "DiTPipeline"
+    loaded: Model | TextToImage
+    if of_class:
+        loaded = _on(device, dtype, latent_diffusion.load_folder(path, name, label=label, guidance=guidance))
+    else:
+        loaded = load(name_or_path, device=device, dtype=dtype)
     if isinstance(loaded, TextToImage):
         if label is not None:
             raise ProbekitError(f"--label {label}: model {loaded.name!r} has no classes; give a --prompt")
@@ -102,14 +109,10 @@ def load_diffusion(
         raise ProbekitError(f"model {loaded.name!r}: a {loaded.family}, which makes no images from noise step by step")
     if prompt is not None:
         raise ProbekitError(f"--prompt {prompt!r}: model {loaded.name!r} takes none")
-    if label is None and guidance == 1:
-        return loaded, loaded.diffusion
-    if _pipeline_class(_path(name_or_path)) != "DiTPipeline":
+    if guided and not of_class:
         option = f"--guidance {guidance:g}" if label is None else f"--label {label}"
         raise ProbekitError(f"{option}: model {loaded.name!r} has no classes")
-    of_class = latent_diffusion.load_folder(name_or_path, name_or_path, label=label, guidance=guidance)
-    assert of_class.diffusion is not None
-    return _on(device, dtype, of_class), of_class.diffusion
+    return loaded, loaded.diffusion
 
 
 def load_text_to_image(name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto") -> TextToImage:

@@ -25,6 +25,10 @@ def ldm(vq: Any, unet: Any, scheduler: Any, name: str, *, steps: int = 50) -> Mo
     ProbekitError where the two do not fit together.
     """
     config = unet.config
+    if not isinstance(config.sample_size, int):
+        raise ProbekitError(f"model {name!r}: its U-Net's sample_size is {config.sample_size}, one number is needed")
+    if unet.class_embedding is not None:
+        raise ProbekitError(f"model {name!r}: its U-Net is class-conditional; an unconditional one is needed")
     of_vq = vqvae.model(vq, name, config.sample_size * 2 ** (len(vq.config.block_out_channels) - 1))
     shape = of_vq.space("grid").shape
     if (config.in_channels, config.out_channels) != (shape[0], shape[0]):
@@ -113,5 +117,8 @@ def load_folder(path: str | Path, name: str, *, label: int | None = None, guidan
         vae = hub.load_part(diffusers.AutoencoderKL, place, "vae", name)
         return dit(transformer, vae, scheduler, name, label=label, guidance=guidance)
     vq = hub.load_part(diffusers.VQModel, place, "vqvae", name)
+    # the first models' files name no factor, as CompVis/ldm-celebahq-256's, and have none; diffusers' default is not theirs
+    stored = diffusers.VQModel.load_config(place, subfolder="vqvae")
+    vq.register_to_config(scaling_factor=stored.get("scaling_factor", 1.0))
     unet = hub.load_part(diffusers.UNet2DModel, place, "unet", name)
     return ldm(vq, unet, scheduler, name)

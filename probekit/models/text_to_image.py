@@ -120,8 +120,11 @@ class TextToImage:
     def diffusion(self, prompt: str = "", guidance: float = 1.0) -> Diffusion:
         """The pipeline as what is sampled and inverted with one caption, its images of the size it was trained for.
 
-        guidance: with more than 1 inversion is known to diverge. Raises ProbekitError for a pipeline without a VAE of its own.
+        guidance: with more than 1 inversion is known to diverge; less than 1 diffusers' pipelines take for none. Raises
+        ProbekitError for that, and for a pipeline without a VAE of its own.
         """
+        if guidance < 1:
+            raise ProbekitError(f"--guidance {guidance:g}: text-to-image pipelines are guided from 1, which is none, upwards")
         network, vae, kind = self.denoiser, getattr(self.pipeline, "vae", None), type(self.pipeline).__name__
         config: Any = network.config
         if vae is None:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probekit.errors import ProbekitError
+from probekit.latents.space import generator
 from probekit.sampling.schedule import Schedule
 from probekit.sampling.trajectory import Denoiser
 
@@ -47,6 +48,10 @@ class Diffusion:
         """Standard normal noise; that of a row depends on the seed and its number alone."""
         drawn = (torch.randn(self.shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + row)) for row in rows)
         return torch.stack(list(drawn))
+
+    def fresh_noise(self, rows: range, seed: int) -> Float[Tensor, "n *shape"]:
+        """More of it, independent of `noise` for any rows and seed."""
+        return torch.stack([torch.randn(self.shape, generator=generator("fresh noise", seed, row)) for row in rows])
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n *shape"]:

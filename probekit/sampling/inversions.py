@@ -20,26 +20,20 @@ from probekit.sampling.trajectory import (
     sample_coupled,
 )
 
-RENOISED = 0.05
-"""The share of the steps that `renoised` replaces, one at least."""
-
 
 @dataclass(frozen=True)
 class Inversion:
     """One way from images to latents and back.
 
-    invert: (denoiser, image states, schedule, generator) to the trajectory to the latents; back: (denoiser, latents, schedule)
-    to the trajectory to the images. pairs: whether its latents are pairs of states (n, 2, ...), in float64.
+    invert: (denoiser, image states, schedule, fresh noise, how many steps it replaces) to the trajectory to the latents, the
+    last two for `renoised` only; back: (denoiser, latents, schedule) to the trajectory to the images. pairs: whether its
+    latents are pairs of states (n, 2, ...), in float64.
     """
 
     about: str
-    invert: Callable[[Denoiser, Tensor, Schedule, torch.Generator], Trajectory]
+    invert: Callable[[Denoiser, Tensor, Schedule, Tensor, int], Trajectory]
     back: Callable[[Denoiser, Tensor, Schedule], Trajectory]
     pairs: bool = False
-
-
-def _renoised(denoiser: Denoiser, image: Tensor, schedule: Schedule, generator: torch.Generator) -> Trajectory:
-    return invert_renoised(denoiser, image, schedule, generator, renoised=max(1, round(RENOISED * len(schedule))))
 
 
 def _pair(states: Tensor) -> Tensor:
@@ -49,21 +43,23 @@ def _pair(states: Tensor) -> Tensor:
 INVERSIONS: dict[str, Inversion] = {
     "plain": Inversion(
         "the sampling steps backwards (Dhariwal and Nichol 2021)",
-        lambda d, x, s, g: invert(d, x, s),
+        lambda d, x, s, epsilon, k: invert(d, x, s),
         lambda d, z, s: sample(d, z, s),
     ),
     "fixed-point": Inversion(
         "each step solved for where it started (Pan et al. 2023)",
-        lambda d, x, s, g: invert_fixed_point(d, x, s),
+        lambda d, x, s, epsilon, k: invert_fixed_point(d, x, s),
         lambda d, z, s: sample(d, z, s),
     ),
     "renoised": Inversion(
-        "the first steps replaced by fresh noise (Hidden Relations)", _renoised, lambda d, z, s: sample(d, z, s)
+        "the first steps replaced by fresh noise (Hidden Relations)",
+        lambda d, x, s, epsilon, k: invert_renoised(d, x, s, epsilon, renoised=k),
+        lambda d, z, s: sample(d, z, s),
     ),
     "edict": Inversion(
         "two states coupled, exact (Wallace et al. 2023)",
-        lambda d, x, s, g: invert_coupled(d, _pair(x), s),
-        lambda d, z, s: sample_coupled(d, z if z.ndim > 4 else _pair(z), s),
+        lambda d, x, s, epsilon, k: invert_coupled(d, _pair(x), s),
+        lambda d, z, s: sample_coupled(d, z, s),
         pairs=True,
     ),
 }

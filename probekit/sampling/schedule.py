@@ -41,7 +41,7 @@ class Schedule:
         the strides of `DDIMScheduler` with their config, without clipping. `FlowMatchEulerDiscreteScheduler` gives its sigmas.
 
         start: a timestep, a whole number from 0, from where `steps` even strides lead to the image, instead of the noisiest.
-        tokens: the length of the image's token sequence, which schedulers with dynamic shifting (Flux) need.
+        tokens: the length of Flux's token sequence: its sigmas end at 1 / steps, and may shift with that length.
         Raises ProbekitError, naming the scheduler, for one that cannot be stepped both ways, and for more steps than it has.
         """
         scheduler = reversible({"_class_name": type(scheduler).__name__, **scheduler.config})
@@ -53,14 +53,15 @@ class Schedule:
         if type(scheduler).__name__ != _FLOW:
             scheduler.set_timesteps(steps)
             return cls._between(scheduler, [(t, t - trained // steps) for t in scheduler.timesteps.tolist()])
-        options: dict[str, Any] = {"num_inference_steps": steps}
+        # as FluxPipeline asks for them, which knows the tokens: sigmas from 1 to 1 / steps, and calculate_shift
+        options: dict[str, Any] = (
+            {"num_inference_steps": steps} if tokens is None else {"sigmas": [1 - i / steps for i in range(steps)]}
+        )
         if (config := scheduler.config).use_dynamic_shifting:
             if tokens is None:
                 raise ProbekitError(f"scheduler {_FLOW}: shifts with the image's size; tokens are needed")
-            # as FluxPipeline asks for them: calculate_shift, and sigmas from 1 to 1 / steps
             slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-            mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
-            options = {"sigmas": [1 - i / steps for i in range(steps)], "mu": mu}
+            options["mu"] = config.base_shift + slope * (tokens - config.base_image_seq_len)
         # its sigma_min is shifted already: sigmas are read, not computed again
         scheduler.set_timesteps(**options)
         levels = [(1 - sigma, sigma) for sigma in scheduler.sigmas.double().tolist()]
@@ -126,7 +127,10 @@ def reversible(config: Mapping[str, Any]) -> Any:
     except (NotImplementedError, TypeError, ValueError) as error:
         raise ProbekitError(f"scheduler {kind}: makes no DDIM scheduler ({' '.join(str(error).split())[:160]})") from error
     if scheduler.config.prediction_type not in _PREDICTIONS:
-        raise ProbekitError(f"prediction_type {scheduler.config.prediction_type!r}: choose {' or '.join(_PREDICTIONS)}")
+        told = scheduler.config.prediction_type
+        raise ProbekitError(f"scheduler {kind}: its network predicts {told!r}; {' or '.join(_PREDICTIONS)} would do")
+    if scheduler.config.prediction_type == "epsilon" and not scheduler.alphas_cumprod[-1] > 0:
+        raise ProbekitError(f"scheduler {kind}: its last timestep has no signal, where predicted epsilon tells of no image")
     return scheduler
 
 

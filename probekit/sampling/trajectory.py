@@ -106,15 +106,15 @@ def invert_fixed_point(
     schedule: Schedule,
     *,
     keep: Collection[int] = (),
-    tolerance: float = 1e-7,
+    tolerance: float = 1e-6,
     most: int = 20,
 ) -> Trajectory:
     """Inversion that solves each sampling step for the state it started from (Pan et al. 2023, AIDI).
 
-    state = (next - b * prediction(state)) / a is repeated from the plain inversion's state until sampling leads back to `next`
-    within `tolerance` of its root mean square, or the denoiser was called `most` times in this step. Of all iterates each row
-    keeps the one that leads back best: where a step has no solution, as the last one to a noiseless image that the network
-    would not make, repeating would drift away.
+    state = (next - b * prediction(state)) / a is repeated, with Anderson acceleration as there, from the plain inversion's
+    state until sampling leads back to `next` within `tolerance` of its root mean square, or the denoiser was called `most`
+    times in this step. Of all iterates each row keeps the one that leads back best: where a step has no solution, as the last
+    one to a noiseless image that the network would not make, repeating would drift away.
     """
     walk = _Walk(denoiser, start, schedule, keep)
     states = walk.at(len(schedule), walk.start)
@@ -123,18 +123,44 @@ def invert_fixed_point(
         guess = best = a * states + b * walk.predict(states, step)
         a, b = schedule.forward(step)
         least = torch.full((len(states),), float("inf"), dtype=states.dtype, device=states.device)
-        scale = states.flatten(1).square().mean(1).sqrt()
+        scale = states.flatten(1).norm(dim=1).clamp_min(torch.finfo(states.dtype).tiny)
+        accelerated = _Anderson()
         for _ in range(most - 1):
-            prediction = walk.predict(guess, step)
-            error = (a * guess + b * prediction - states).flatten(1).square().mean(1).sqrt() / scale
+            moved = (states - b * walk.predict(guess, step)) / a
+            # sampling leads from the guess to a * guess + b * prediction, which is states + a * (guess - moved)
+            error = abs(a) * (moved - guess).flatten(1).norm(dim=1) / scale
             better = error < least
             best = torch.where(better.view(-1, *[1] * (states.ndim - 1)), guess, best)
             least = torch.where(better, error, least)
             if (least <= tolerance).all():
                 break
-            guess = (states - b * prediction) / a
+            guess = accelerated.next(guess, moved)
         states = walk.at(step, best)
     return walk.end(states)
+
+
+class _Anderson:
+    """Anderson acceleration of a fixed-point map, each row by itself (Walker and Ni 2011, equation 2.2; memory 3)."""
+
+    memory = 3
+
+    def __init__(self) -> None:
+        self.images: list[Tensor] = []
+        self.residuals: list[Tensor] = []
+
+    def next(self, guess: Tensor, image: Tensor) -> Tensor:
+        """The next guess, given the map's image of the last."""
+        self.images = [*self.images[-self.memory :], image.flatten(1)]
+        self.residuals = [*self.residuals[-self.memory :], (image - guess).flatten(1)]
+        if len(self.images) == 1:
+            return image
+        images, residuals = (torch.stack(past, 2).diff(dim=2) for past in (self.images, self.residuals))
+        gram = residuals.mT @ residuals
+        # a row that no longer moves has no differences
+        lift = 1e-10 * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(gram.dtype).tiny)
+        gram = gram + lift[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+        weights = torch.linalg.solve(gram, residuals.mT @ self.residuals[-1][:, :, None])
+        return image - (images @ weights).view_as(image)
 
 
 @torch.no_grad()
@@ -142,7 +168,7 @@ def invert_renoised(
     denoiser: Denoiser,
     start: States,
     schedule: Schedule,
-    generator: torch.Generator,
+    epsilon: States,
     *,
     keep: Collection[int] = (),
     renoised: int = 1,
@@ -150,14 +176,15 @@ def invert_renoised(
     """The remedy of Hidden Relations: the first inversion steps are replaced by the forward process with fresh noise.
 
     The first `renoised` steps from the image, whose predictions are the worst, give signal * image + noise * epsilon;
-    from there on it is the plain inversion. Raises ProbekitError for a number that is not 0 to len(schedule).
+    from there on it is the plain inversion. epsilon: standard normal, and not what the image was sampled from. Raises
+    ProbekitError for a number that is not 0 to len(schedule).
     """
     if not 0 <= renoised <= len(schedule):
         raise ProbekitError(f"renoised {renoised}: choose 0 to {len(schedule)}, the number of steps")
     first, image = len(schedule) - renoised, start if start.dtype == torch.float64 else start.float()
     signal, noise = schedule.level(first) if renoised else (1.0, 0.0)
-    epsilon = torch.randn(image.shape, generator=generator, device=generator.device).to(image)
-    walked = invert(denoiser, signal * image + noise * epsilon, schedule, keep=[s for s in keep if s <= first], first=first)
+    noised = signal * image + noise * epsilon.to(image)
+    walked = invert(denoiser, noised, schedule, keep=[state for state in keep if state <= first], first=first)
     kept = {len(schedule): image.cpu()} if len(schedule) in keep else {}
     return Trajectory(walked.end, walked.kept | kept, walked.calls)
 
