@@ -10,10 +10,10 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from probekit import ProbekitError
-from probekit.models import ddpm
+from probekit.models import Model, ddpm, load_diffusion
 from probekit.models.checkpoint import read
 from probekit.models.ddpm_checkpoints import from_ermon, from_openai, is_ermon, is_openai, published_scheduler
 from tests.test_sampling import smooth, tiny
@@ -272,11 +272,28 @@ def test_a_checkpoint_comes_with_the_noise_of_its_published_models() -> None:
     for name in ("ddim_unet", "adm_unet"):
         assert torch.equal(published_scheduler(golden(name)[0]).alphas_cumprod, linear)
     cosine = published_scheduler(golden("improved_ddpm_unet")[0]).alphas_cumprod
-    # equation 17 of Nichol and Dhariwal at t + 1 of 4000, every fourth
-    t = torch.arange(1, 4000, 4, dtype=torch.float64) / 4000
+    # equation 17 of Nichol and Dhariwal at t + 1 of 4000
+    t = torch.arange(1, 4001, dtype=torch.float64) / 4000
     expected = torch.cos((t + 0.008) / 1.008 * torch.pi / 2) ** 2 / torch.cos(torch.tensor(0.008 / 1.008 * torch.pi / 2)) ** 2
-    assert cosine.shape == (1000,)
+    assert cosine.shape == (4000,)
     assert torch.allclose(cosine.double(), expected, rtol=1e-3, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_published_file_of_4000_timesteps_is_sampled_in_as_many_and_told_a_fourth(tmp_path: Path) -> None:
+    state, _, _ = golden("improved_ddpm_unet")
+    torch.save(state, tmp_path / "imagenet64.pt")
+    model, diffusion = load_diffusion(str(tmp_path / "imagenet64.pt"), device="cpu")
+    assert isinstance(model, Model) and "timestep 3999" in model.space("noised").about
+    told: list[float] = []
+    assert isinstance(model.network, nn.Module)
+    model.network.register_forward_pre_hook(lambda module, arguments: told.append(float(arguments[1])))
+    schedule, denoiser = diffusion.schedule(4000), diffusion.denoiser(1)
+    assert schedule.timesteps[0] == 3999 and len(diffusion.schedule(10)) == 10
+    x = diffusion.noise(range(1), 0)
+    assert torch.equal(denoiser(x, 3999.0), from_openai(state)(x, torch.tensor(999.75)).sample[:, :3])
+    model.space("h").encode(torch.zeros_like(x))
+    assert told == [999.75, 500.0]
 
 
 # --- spaces ------------------------------------------------------------------------------------------------------------
@@ -384,7 +401,7 @@ def test_what_no_model_can_be_made_of_is_refused_in_one_line() -> None:
         (tiny(), linear, {"noised_at": 1000}, "noised_at 1000: the schedule has timesteps 0 to 999"),
         (tiny(), linear, {"h_at": -1}, "h_at -1: the schedule"),
         (tiny(), linear, {"steps": 0}, "steps 0: choose 1 to 1000"),
-        (tiny(), DDIMScheduler(prediction_type="sample"), {}, "prediction_type 'sample': choose epsilon or v_prediction"),
+        (tiny(), DDIMScheduler(prediction_type="sample"), {}, "scheduler DDIMScheduler: its network predicts 'sample'"),
     ]
     for unet, scheduler, options, message in cases:
         with pytest.raises(ProbekitError, match=message) as raised:

@@ -124,8 +124,8 @@ def write(file: Path, content: Any, **options: Any) -> Path:
     return file
 
 
-def unet_model(unet: Any, scheduler: Any) -> Model:
-    return ddpm.model(unet, scheduler, "expected")
+def unet_model(unet: Any, scheduler: Any, told: float = 1.0) -> Model:
+    return ddpm.model(unet, scheduler, "expected", told=told)
 
 
 Made = tuple[Path, Model]
@@ -162,7 +162,7 @@ def ermon_list(folder: Path, _: Pickled) -> Made:
 
 def improved_pt(folder: Path, _: Pickled) -> Made:
     state = openai_state((32, 64), (False, True), scale_shift=True)
-    return write(folder / "ema_0.9999_500000.pt", state), unet_model(from_openai(state), published_scheduler(state))
+    return write(folder / "ema_0.9999_500000.pt", state), unet_model(from_openai(state), published_scheduler(state), 0.25)
 
 
 def guided_pt(folder: Path, _: Pickled) -> Made:

@@ -211,10 +211,13 @@ def _load_file(file: Path, name: str) -> Model:
         if "G_ema" in content:
             return stylegan2.from_ada(content, name)
         return _of_family("stylegan2", checkpoint.tensors(content), name, 0)
-    if ddpm_checkpoints.is_ermon(content):
-        return ddpm.model(ddpm_checkpoints.from_ermon(content), ddpm_checkpoints.published_scheduler(content), name)
-    if ddpm_checkpoints.is_openai(content):
-        return ddpm.model(ddpm_checkpoints.from_openai(content), ddpm_checkpoints.published_scheduler(content), name)
+    for recognised, build in (
+        (ddpm_checkpoints.is_ermon, ddpm_checkpoints.from_ermon),
+        (ddpm_checkpoints.is_openai, ddpm_checkpoints.from_openai),
+    ):
+        if recognised(content):
+            scheduler = ddpm_checkpoints.published_scheduler(content)
+            return ddpm.model(build(content), scheduler, name, told=1000 / scheduler.config.num_train_timesteps)
     if isinstance(content, Mapping) and glow.matches(str(key) for key in content):
         return glow.from_rosinality(content, name)
     if vae.matches(content):

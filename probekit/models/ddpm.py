@@ -22,12 +22,13 @@ _LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}  # H
 
 
 def model(
-    unet: Any, scheduler: Any, name: str, *, steps: int = 50, noised_at: int | None = None, h_at: int | None = None
-) -> Model:
+    unet: Any, scheduler: Any, name: str, *, steps: int = 50, noised_at: int | None = None, h_at: int | None = None,
+    told: float = 1.0,
+) -> Model:  # fmt: skip
     """A diffusers `UNet2DModel` of pixels with its spaces, the image's size being its config's.
 
     scheduler: any of diffusers' that has the model's betas, or a `FlowMatchEulerDiscreteScheduler`. steps: network calls of an
-    inversion and of a sampling.
+    inversion and of a sampling. told: what the network is told for a timestep of 1.
 
     - `inverted`: the latent of plain inversion, by DDIM or Euler's method; decoding samples from it.
     - `noised`: signal * image + noise * epsilon at timestep `noised_at` (the last), epsilon from the generator; decoding
@@ -56,7 +57,7 @@ def model(
         if not 0 <= timestep < trained:
             raise ProbekitError(f"{option} {timestep}: the schedule has timesteps 0 to {trained - 1}")
     check_steps(steps, trained)
-    predict, strides = denoisers.unconditional(unet), Schedule.of(scheduler, steps)
+    predict, strides = denoisers.unconditional(unet, told), Schedule.of(scheduler, steps)
     from_noised = Schedule.of(scheduler, min(steps, noised_at + 1), start=noised_at)
     shape = (3, size, size)
 
@@ -95,8 +96,8 @@ def model(
 
         def h(images: Tensor, generator: torch.Generator) -> Tensor:
             noisy = _forward(scheduler, taken(images), h_at, there(fixed))
-            with hooks.capture(unet, ["mid_block"], schedule=[h_at], rows=len(noisy)) as captured:
-                unet(noisy.to(unet.dtype), h_at)
+            with hooks.capture(unet, ["mid_block"], schedule=[h_at * told], rows=len(noisy)) as captured:
+                unet(noisy.to(unet.dtype), torch.tensor(h_at * told, device=unet.device))
             return captured["mid_block", 0][0].float().cpu()
 
         about = f"the middle block's output at timestep {h_at}, the same noise on every image"

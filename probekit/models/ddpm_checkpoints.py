@@ -219,17 +219,15 @@ def published_scheduler(content: Any) -> Any:
     """The `DDIMScheduler` with the noise that the published models of a checkpoint's code base were trained with.
 
     Linear betas from 1e-4 to 0.02 in 1000 steps, but for improved-diffusion's models with use_scale_shift_norm (ImageNet-64 and
-    CIFAR-10) the cosine schedule in 4000 steps, whose timesteps the network is given divided by 4 (rescale_timesteps): every
-    fourth of them, which are 1000 steps with whole numbers. content: what `from_ermon` or `from_openai` takes.
+    CIFAR-10) the cosine schedule in 4000 steps. The networks count timesteps to 1000 all the same (rescale_timesteps): of 4000
+    they are told a fourth. content: what `from_ermon` or `from_openai` takes.
     """
     from diffusers import DDIMScheduler
 
     state = _openai_state(content)
     if not is_openai(content) or _resamples_by_resnet(state) or not _shifts_and_scales(state):
         return DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False)
-    kept = DDIMScheduler(4000, beta_schedule="squaredcos_cap_v2").alphas_cumprod[::4].double()
-    betas = 1 - kept / torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
-    return DDIMScheduler(trained_betas=betas.tolist(), beta_schedule="squaredcos_cap_v2", clip_sample=False)
+    return DDIMScheduler(num_train_timesteps=4000, beta_schedule="squaredcos_cap_v2", clip_sample=False)
 
 
 def _ermon_state(content: Any) -> dict[str, Tensor]:

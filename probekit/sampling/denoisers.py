@@ -13,12 +13,15 @@ from probekit import hooks
 from probekit.sampling.trajectory import Denoiser
 
 
-def unconditional(unet: Any) -> Denoiser:
-    """A diffusers `UNet2DModel`. Channels beyond the state's, a learned variance, are left out."""
+def unconditional(unet: Any, told: float = 1.0) -> Denoiser:
+    """A diffusers `UNet2DModel`. Channels beyond the state's, a learned variance, are left out.
+
+    told: what the network is told for a timestep of 1; those of 4000 that count to 1000 are told 0.25.
+    """
 
     def predict(states: Tensor, timestep: float) -> Tensor:
-        told = torch.tensor(timestep, device=unet.device)  # a plain number would be cut to an integer
-        return unet(states.to(unet.device, unet.dtype), told).sample[:, : states.shape[1]].to(states)
+        time = torch.tensor(timestep * told, device=unet.device)  # a plain number would be cut to an integer
+        return unet(states.to(unet.device, unet.dtype), time).sample[:, : states.shape[1]].to(states)
 
     return predict
 
