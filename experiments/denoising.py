@@ -45,7 +45,7 @@ class Denoising:
 
 def load(
     model: str, device: str, dtype: str, prompt: str | None = None, label: int | None = None, guidance: float = 1.0,
-    batch_size: int = 64,
+    batch_size: int = 32,
 ) -> Denoising:  # fmt: skip
     """The model, ready to sample. Raises ProbekitError as `probekit.models.load_diffusion`."""
     from probekit.models import Model, load_diffusion

@@ -75,7 +75,7 @@ def diffusion(
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
     n: Annotated[int, typer.Option(min=16, help="How many noises, the same for every checkpoint.")] = 256,
     seed: Seed = 0,
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = 32,
     device: Device = "auto",
     out: Out = None,
 ) -> None:

@@ -57,7 +57,7 @@ def run(
     label: Label = None,
     guidance: Guidance = 1.0,
     seed: Seed = 0,
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = 32,
     device: Device = "auto",
     dtype: Dtype = "auto",
     out: Out = None,

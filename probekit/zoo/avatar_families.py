@@ -58,9 +58,10 @@ def train_and_save(name: str, folder: Path, checkpoints: Path, *, seed: int = 0)
 def evaluate(name: str, n: int, seed: int) -> list[Measured]:
     """How well a bundled model keeps and makes avatars, on n test avatars (at most 10,000) and as many samples.
 
-    Reconstructions are decode(encode(image)) in the first space that does both, `mean` for the VAE. The Fréchet distances are
-    over AlexNet features and depend on n: beside them stands that of training avatars, the least there is to reach. LPIPS is
-    taken at 64x64. The reader's accuracy is the share of all attributes that it finds in a reconstruction as they are.
+    Reconstructions are decode(encode(image)) in the first space that does both, `mean` for the VAE and `inverted` for what has
+    it. The Fréchet distances are over AlexNet features and depend on n: beside them stands that of training avatars, the least
+    there is to reach. LPIPS is taken at 64x64. The reader's accuracy is the share of all attributes that it finds in a
+    reconstruction as they are.
     """
     from probekit.metrics import lpips
     from probekit.metrics.distributions import alexnet_features, frechet
@@ -81,7 +82,7 @@ def evaluate(name: str, n: int, seed: int) -> list[Measured]:
 
     nan = float("nan")
     both = [s for s in model.spaces.values() if s.encoder and s.decoder]
-    space = model.spaces.get("mean") or (both[0] if both else None)
+    space = model.spaces.get("mean") or model.spaces.get("inverted") or (both[0] if both else None)
     psnr = perceptual = accuracy = of_rebuilt = of_samples = nan
     reference = alexnet_features(test)
     if space is not None:
