@@ -60,7 +60,7 @@ def run(
     methods: Methods = METHODS,
     steps: Steps = 50,
     renoised: Renoised = None,
-    n: Annotated[int, typer.Option("--n", min=20, help="How many pictures; correlations depend on it.")] = 192,
+    n: Annotated[int, typer.Option("--n", min=20, help="How many pictures; correlations depend on it.")] = 128,
     data: Source = None,
     split: Split = "test",
     prompt: Prompt = None,
