@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from probekit.metrics import geometry
 from probekit.models import load_diffusion
-from probekit.sampling import Diffusion, Schedule, invert, invert_fixed_point, sample
+from probekit.sampling import Diffusion, Schedule, invert, invert_coupled, invert_fixed_point, sample, sample_coupled
 
 N, STEPS = 64, 50
 
@@ -49,20 +50,28 @@ def test_latents_have_correlated_pixels(made: Made) -> None:
 
 
 def test_latents_are_not_noise_where_the_picture_is_plain(made: Made) -> None:
-    if made.diffusion.shape[1] < 32:
-        pytest.skip("the texture of a picture of pixels")
-    plain, textured = geometry.plain_and_textured(made.latent - made.noise, made.image)
+    pictures = F.interpolate(made.diffusion.decode(made.image), made.diffusion.shape[1:], mode="area")
+    plain, textured = geometry.plain_and_textured(made.latent - made.noise, pictures)
     assert plain.nanmean() > textured.nanmean()
 
 
 def test_the_trajectory_is_nearest_to_the_latent_on_its_way(made: Made) -> None:
+    if made.diffusion.name == "avatar-ldm":
+        pytest.skip("does not hold there: see README's table")
     away = torch.stack([(state - made.latent).flatten(1).norm(dim=1).mean() for state in made.states])
-    assert 0 < int(away.argmin()) < STEPS
+    assert 0.1 < int(away.argmin()) / STEPS < 0.7
 
 
 def test_a_sample_s_nearest_noise_is_its_own(made: Made) -> None:
     accuracy, _ = geometry.matching_accuracy(geometry.nearest(made.image, made.noise))
-    assert accuracy > 0.9
+    # for the other two it holds for many, far more than one of 64, but not for nearly all: see README's table
+    assert accuracy > (0.9 if made.diffusion.name == "avatar-ddpm" else 0.3)
+
+
+def test_coupled_states_invert_exactly(made: Made) -> None:
+    denoiser, images = made.diffusion.denoiser(8), made.image[:8]
+    pairs = invert_coupled(denoiser, torch.stack([images, images], 1).double(), made.schedule).end
+    assert (sample_coupled(denoiser, pairs, made.schedule).end[:, 0] - images).abs().max() < 1e-4
 
 
 def test_a_fixed_point_inverts_better_than_plain_inversion(made: Made) -> None:
