@@ -131,13 +131,14 @@ def _round_trip(rows: pd.DataFrame, methods: list[str]) -> Figure:
     value = rows.set_index(["method", "measure"])
     with plt.rc_context(style()):
         figure, ax = plt.subplots(figsize=(6.4, 3.3), layout="constrained")
-        for i, m in enumerate(methods):
+        # the best below its point, the next above, and so on: those of nearly equal calls are neighbours in error
+        for i, m in enumerate(sorted(methods, key=lambda m: value.loc[(m, "round-trip error"), "value"])):
             error, calls = value.loc[(m, "round-trip error")], value.loc[(m, "network calls"), "value"]
             shown = max(error.value, _EXACT)
             bar = [[max(0.0, shown - max(error.low, _EXACT))], [max(0.0, error.high - shown)]]
             ax.errorbar(calls, shown, yerr=bar, fmt="o", ms=7, color=_COLOURS[m], capsize=3)
             name = f"{m}, exact to rounding" if error.value <= _EXACT else m
-            ax.annotate(name, (calls, shown), xytext=(8, -12 if i % 2 else 5), textcoords="offset points", color=_COLOURS[m])
+            ax.annotate(name, (calls, shown), xytext=(8, 5 if i % 2 else -12), textcoords="offset points", color=_COLOURS[m])
         ax.set_yscale("log")
         ax.set(xlabel="calls of the network for an inversion", ylabel="round-trip error (RMS)")
         ax.margins(x=0.18, y=0.15)
@@ -168,14 +169,12 @@ def _correlation(rows: pd.DataFrame, methods: list[str]) -> Figure:
 
 
 def _triangles(rows: pd.DataFrame, methods: list[str]) -> Figure:
-    """Noise, latent and sample of every method as the triangle that their mean distances make, to scale."""
+    """Noise, latent and sample of every method as the triangle that their mean distances make, each to its own scale."""
     from matplotlib import pyplot as plt
 
     value = rows.set_index(["method", "measure"]).value
     with plt.rc_context(style()):
-        figure, axes = plt.subplots(
-            1, len(methods), figsize=(3.1 * len(methods), 2.9), squeeze=False, sharex=True, sharey=True, layout="constrained"
-        )
+        figure, axes = plt.subplots(1, len(methods), figsize=(3.1 * len(methods), 3.3), squeeze=False, layout="constrained")
         for ax, m in zip(axes[0], methods, strict=True):
             across, from_noise, to_sample = (
                 value[m, f"distance {pair}"] for pair in ("noise-sample", "noise-latent", "latent-sample")
@@ -183,17 +182,19 @@ def _triangles(rows: pd.DataFrame, methods: list[str]) -> Figure:
             x = (from_noise**2 + across**2 - to_sample**2) / (2 * across)
             y = math.sqrt(max(0.0, from_noise**2 - x**2))
             ax.plot([0, across, x, 0], [0, 0, y, 0], color="#c9c7bd", lw=1.2, zorder=1)
-            for name, at, colour in (("noise", (0, 0), _COLOURS["noise"]), ("sample", (across, 0), _COLOURS["sample"]),
-                                     ("latent", (x, y), _COLOURS[m])):  # fmt: skip
+            for name, at, side in (("noise", (0, 0), "right"), ("sample", (across, 0), "left"), ("latent", (x, y), "center")):
+                colour = _COLOURS[m if name == "latent" else name]
                 ax.plot(*at, "o", ms=7, color=colour)
                 angle = value[m, f"angle at {name}"]
                 label = f"{name}\n{angle:.0f}°" if math.isfinite(angle) else name
                 below = name != "latent"
-                ax.annotate(label, at, textcoords="offset points", xytext=(0, -9 if below else 9), ha="center",
+                ax.annotate(label, at, textcoords="offset points", xytext=(0, -9 if below else 9), ha=side,
                             va="top" if below else "bottom", color=colour, fontsize=8.5)  # fmt: skip
-            ax.set_title(m, color=_COLOURS[m])
-            ax.set_aspect("equal")
-            ax.margins(0.28)
+            ax.set_title(m, color=_COLOURS[m], pad=20)
+            lengths = f"{from_noise:.3g} to the noise, {to_sample:.3g} to the sample"
+            ax.text(0.5, 1.04, lengths, transform=ax.transAxes, ha="center", va="bottom", fontsize=8, color="#6b6a63")
+            ax.set_aspect("equal", adjustable="datalim")
+            ax.margins(0.35)
             ax.set_axis_off()
         plt.close(figure)
     return figure
