@@ -35,10 +35,10 @@ def calls(asked: argparse.Namespace) -> None:
         diffusion.denoiser(asked.rows),
         diffusion.noise(range(asked.rows), 0),
     )
-    image = sample(denoiser, noise, schedule).end
+    image, fresh = sample(denoiser, noise, schedule).end, diffusion.fresh_noise(range(asked.rows), 0)
     ways: dict[str, Callable[[], Any]] = {"sample": lambda: sample(denoiser, noise, schedule)}
     for name, inversion in INVERSIONS.items():
-        ways[name] = lambda inversion=inversion: inversion.invert(denoiser, image, schedule, torch.Generator().manual_seed(0))
+        ways[name] = lambda inversion=inversion: inversion.invert(denoiser, image, schedule, fresh, 1)
     print(f"{asked.model}, {asked.rows} rows, {asked.steps} steps\n")
     print("| way | calls | seconds | bare calls | ratio |\n|---|---|---|---|---|")
     for name, way in ways.items():
