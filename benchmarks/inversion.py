@@ -1,11 +1,14 @@
 """What sampling and inversion cost beyond the network's calls, and what it costs to find every sample's nearest noise.
 
     python benchmarks/inversion.py [--model avatar-ddpm] [--rows 16] [--steps 20] [--n 2048] [--pixels 3072] [--repeats 5]
+    python benchmarks/inversion.py --mapped 50000    # writes two files of n * 49,152 bytes for as long as it takes
 
 Sampling and every inversion are timed against the same number of bare calls of the network on as many rows, in turn, and the
 median of the ratios is printed. Nearest noises are found in three ways that must agree: by blocks (`geometry.nearest`), by
 `torch.cdist` in one piece, and by a plain double loop, on as many rows as it manages in a minute. Each way runs in a process of
 its own; memory is the resident set's peak above what it is with the vectors loaded, as the kernel counts it (Linux).
+`--mapped` instead finds noises of 3x64x64 among that many in a run's files, as `probekit noise-map run` does, for 2,048 of the
+samples, and says the whole process's peak.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,8 +104,28 @@ def measure(way: str, n: int, pixels: int) -> tuple[float, int, list[int]]:
     return time.perf_counter() - start, resident("VmHWM") - before, found.tolist()
 
 
+def mapped(n: int) -> None:
+    """Seconds and peak memory of writing noises and samples to a run's files and of finding 2,048 noises among them."""
+    from probekit.metrics.geometry import margin, nearest
+    from probekit.runs import Run
+
+    def draw(rows: range, seed: int) -> torch.Tensor:
+        return torch.randn(len(rows), 3, 64, 64, generator=torch.Generator().manual_seed(2 * rows.start + seed))
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder) / "run", "benchmark", {}, [])
+        noise = run.states("noise", n, (3, 64, 64), lambda rows: draw(rows, 0), lambda rows: None)
+        near = run.states("samples", n, (3, 64, 64), lambda rows: 0.3 * draw(rows, 0) + 0.5 * draw(rows, 1), lambda rows: None)
+        start = time.perf_counter()
+        found = nearest(near[-2048:], noise)
+        seconds = time.perf_counter() - start
+        margin(near, noise)
+    right = float((found == torch.arange(n)[-2048:]).double().mean())
+    print(f"2,048 samples among {n:,} noises: {seconds:.1f} s, {right:.0%} right; peak {resident('VmHWM') / 2**30:.2f} GiB")
+
+
 def main() -> None:
-    """Both tables."""
+    """Both tables, or what `--mapped` asks for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="avatar-ddpm")
     parser.add_argument("--rows", type=int, default=16)
@@ -108,7 +133,11 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=2048)
     parser.add_argument("--pixels", type=int, default=3072)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--mapped", type=int)
     asked = parser.parse_args()
+    if asked.mapped:
+        mapped(asked.mapped)
+        return
     calls(asked)
     results = {}
     for way in WAYS:
