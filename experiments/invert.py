@@ -105,12 +105,12 @@ def trajectory(
     """How far every step of sampling is from every point on the way from noise to latent (figure 5)."""
     from probekit.runs import Run, default_folder
 
-    if len(_methods(method)) != 1:
+    if len(chosen := _methods(method)) != 1:
         raise ProbekitError(f"--method {method!r}: one inversion at a time")
     denoising = load(model, device, dtype, prompt, label, guidance, batch_size)
     denoising.diffusion.schedule(steps)
     fresh = _renoised(renoised, steps)
-    options = denoising.options | {"method": method.strip(), "steps": steps, "renoised": fresh, "n": n, "seed": seed}
+    options = denoising.options | {"method": chosen[0], "steps": steps, "renoised": fresh, "n": n, "seed": seed}
     folder = out or default_folder("invert-trajectory", Path(model).name, options)
     opened = Run(folder, "invert-trajectory", options, sys.argv)
     rows = _follow(opened, denoising)
