@@ -189,9 +189,13 @@ def matching_accuracy(answers: Int[Tensor, " n"], splits: int = 8) -> tuple[floa
 def margin(queries: Rows, candidates: Rows, rows: int = _ROWS) -> tuple[float, float]:
     """Mean L2 distance of the first `rows` queries to the candidate of their own row, and to the nearest of all others.
 
-    In float64, on the CPU. Raises ProbekitError for rows that cannot be compared.
+    Tensors or arrays (n, ...) with as many candidates as queries, memory maps too; in float64, on the CPU. It says how clear
+    the answers of `nearest` are: Hidden Relations gives their shares alone. Raises ProbekitError for rows that cannot be
+    compared, and for other than as many of both.
     """
     _check_rows(queries, candidates)
+    if len(queries) != len(candidates):
+        raise ProbekitError(f"{len(queries)} queries and {len(candidates)} candidates: rows correspond, so as many of both")
     block, cpu = _block_length(queries), "cpu"
     asked = _block(queries, 0, rows, torch.float64, cpu)
     number = torch.arange(len(asked))
