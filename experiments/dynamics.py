@@ -199,8 +199,9 @@ def sample_checkpoints(opened: Run, paths: dict[int, Path], device: str, batch_s
     *_, last = paths
     units = {step: f"step-{step:09d}" for step in paths}
     waiting = [step for step in paths if not opened.finished(units[step])]
-    needed = {last, *waiting} if waiting else set()
-    with progress("sampling", len(paths) * n, done=(len(paths) - len(needed)) * n) as advance:
+    if not waiting:
+        return opened.collect(list(units.values()))
+    with progress("sampling", len(paths) * n, done=(len(paths) - len({last, *waiting})) * n) as advance:
 
         def sampled(step: int) -> tuple[Tensor, Tensor, Tensor]:
             diffusion = load_checkpoint(model, paths[step], device).diffusion
@@ -209,9 +210,8 @@ def sample_checkpoints(opened: Run, paths: dict[int, Path], device: str, batch_s
             states = torch.from_numpy(samples(opened, units[step], denoising, steps, n, seed, advance))
             return diffusion.noise(range(n), seed), states, diffusion.decode(states)
 
-        final = sampled(last) if waiting else None
+        final = sampled(last)
         for step in waiting:
-            assert final is not None
             noise, states, pictures = final if step == last else sampled(step)
             rows = mapping(noise, states) + alike(states, final[1], k) + alike_pictures(pictures, final[2], seed)
             opened.write(units[step], _table(step, rows), {str(i): pictures[i] for i in range(EXAMPLES)})
