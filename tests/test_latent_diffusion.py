@@ -18,6 +18,7 @@ from diffusers import (
     UNet2DModel,
     VQModel,
 )
+from probekit.experiments import denoising
 
 from probekit import ProbekitError, load
 from probekit.models import Model, TextToImage, load_diffusion
@@ -121,6 +122,18 @@ def test_a_text_to_image_model_samples_what_its_pipeline_does(tiny_sd: Any) -> N
     assert torch.allclose(made, expected, atol=1e-4)
     images = diffusion.decode(diffusion.encode(made))
     assert images.shape == made.shape
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5])
+def test_guidance_that_pipelines_would_ignore_is_refused(tiny_sd: Any, guidance: float) -> None:
+    with pytest.raises(ProbekitError, match=f"^--guidance {guidance:g}: text-to-image pipelines are guided from 1"):
+        TextToImage(tiny_sd, name="tiny").diffusion("a dog", guidance)
+
+
+def test_the_precision_is_part_of_a_run_s_options(tiny_sd: Any, tmp_path: Path) -> None:
+    tiny_sd.save_pretrained(tmp_path / "sd")
+    for dtype, expected in (("auto", "float32"), ("bfloat16", "bfloat16")):
+        assert denoising.load(str(tmp_path / "sd"), "cpu", dtype).options["dtype"] == expected
 
 
 def test_a_row_s_noise_depends_on_the_seed_and_its_number_alone(ldm_folder: Path) -> None:

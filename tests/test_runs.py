@@ -72,3 +72,20 @@ def test_a_picture_comes_back_from_png_to_half_a_grey_level(tmp_path: Path) -> N
     image = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
     save_png(image, tmp_path / "p.png")
     assert (load_png(tmp_path / "p.png") - image).abs().max() <= 1 / 255 + 1e-6
+
+
+def test_a_file_of_states_that_was_cut_short_is_made_again(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", "noise-map-run", {}, ["probekit"])
+    made: list[range] = []
+
+    def make(rows: range) -> torch.Tensor:
+        made.append(rows)
+        return torch.arange(rows.start, rows.stop).float()[:, None].expand(-1, 5)
+
+    first = run.states("noise", 100, (5,), make, lambda rows: None)
+    assert run.states("noise", 100, (5,), make, lambda rows: None).tolist() == first.tolist()
+    assert made == [range(64), range(64, 100)]  # nothing twice
+    file = tmp_path / "run" / "states" / "noise.npy"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert run.states("noise", 100, (5,), make, lambda rows: None)[:, 4].tolist() == list(range(100))
+    assert made[2:] == [range(64), range(64, 100)]
