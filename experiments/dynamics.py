@@ -14,7 +14,7 @@ import typer
 from probekit.experiments.denoising import MODEL, BatchSize, Denoising, samples
 from probekit.experiments.places import Codes, Data, Device, Out, Place, Seed, Train, encode_all, image_sets, progress
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,7 +101,7 @@ def checkpoint_paths(model: str) -> dict[int, Path]:
 
     They are what is called step-<n> in the model's folder. Raises ProbekitError where there are fewer than two.
     """
-    from probekit.zoo import MODELS, trained, weights
+    from probekit.bundled import MODELS, trained, weights
 
     folder = weights(model) if model in MODELS else Path(model).expanduser()
     paths = sorted(folder.glob("step-*"))  # the same order everywhere

@@ -28,7 +28,7 @@ from probekit.experiments.places import (
     progress,
 )  # fmt: skip
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,7 +108,8 @@ def _edit_in(opened: Run, target: Place, places: list[Place], codes: Codes, name
     from probekit.latents.maps import LinearMap
     from probekit.metrics.distributions import share_interval
     from probekit.report.editing import RANDOM
-    from probekit.zoo import avatar_reader, weights
+    from probekit.bundled import weights
+    from probekit.zoo import avatar_reader
 
     options = opened.config["options"]
     labels, truth = codes.data.labels(codes.train), codes.data.labels(codes.test)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -194,7 +194,7 @@ def _picture(
 
     from probekit import hooks
     from probekit.models import load_text_to_image
-    from probekit.report.images import save_png
+    from probekit.images import save_png
     from probekit.runs import writing
 
     if out.suffix.lower() != ".png":
@@ -325,7 +325,7 @@ def make_windows(steps: str, num_steps: int, count: int) -> dict[str, hooks.Step
 
 
 def check_steps(model: TextToImage, windows: dict[str, hooks.Steps], num_steps: int) -> None:
-    """Raise HookError, before anything is written, where a window lies outside the pipeline's schedule."""
+    """Raise ProbekitError, before anything is written, where a window lies outside the pipeline's schedule."""
     from probekit.hooks.steps import distinct_timesteps
 
     try:
@@ -416,7 +416,7 @@ def _descriptors(model: TextToImage, pair: Pair) -> list[Descriptor]:
     """The descriptors that apply: the scene reader to pairs of scenes, on a model of scenes, in what their factor changes."""
     from probekit.data.scenes import FACTORS as ATTRIBUTES
     from probekit.data.scenes import Scene
-    from probekit.zoo import PIPELINES, weights
+    from probekit.bundled import PIPELINES, weights
 
     if model.name not in PIPELINES:
         return _general_descriptors("openai/clip-vit-base-patch32")

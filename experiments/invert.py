@@ -24,7 +24,7 @@ from probekit.experiments.denoising import (
 )
 from probekit.experiments.places import Device, Out, Seed, progress
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
     import numpy as np

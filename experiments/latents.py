@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from probekit.experiments.places import Data, Device, Seed, load_places, progress
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 
 app = typer.Typer(help="Encode data sets into latent spaces, once.", no_args_is_help=True)
 

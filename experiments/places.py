@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,7 +60,7 @@ class Codes:
 
         Raises ProbekitError for latents that do not vary, naming the space.
         """
-        from probekit.data.samples import Samples
+        from probekit.latents.samples import Samples
 
         index = self.train if part == "train" else self.test
         if self.drawn_by is place and isinstance(self.data, Samples):
@@ -115,7 +115,7 @@ def image_sets(places: list[Place], data: str, train: int, test: int, seed: int,
     import numpy as np
 
     from probekit.data import load
-    from probekit.data.samples import Samples
+    from probekit.latents.samples import Samples
 
     sizes = {p.model.image_size for p in places if p.model.family != "random"}
     if len(sizes) > 1:

@@ -28,7 +28,7 @@ from probekit.experiments.places import (
     progress,
 )  # fmt: skip
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,20 +1,40 @@
-"""Capture and swap block activations of any diffusers denoiser, across timesteps."""
+"""Capture and swap block activations of any diffusers denoiser, across timesteps.
 
-from .capture import Captured, capture
-from .inject import Context, Injection, Operation, Row, Stored, add, blend, inject, replace
-from .layers import GROUPS, HookError, Layer, Stream, bind, default_layers, layers, output_shapes, select
-from .steps import Steps
-from .sweep import Swept, denoiser, stack, sweep
-from .trace import layer, trace
+Names are looked up when they are first used, so that `ProbekitError` costs nobody the import of torch.
+"""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .architectures import GROUPS, Layer, Stream, bind, default_layers, layers, output_shapes, select
+    from .captures import Captured, capture
+    from .errors import ProbekitError
+    from .injections import Context, Injection, Operation, Row, Stored, add, blend, inject, replace
+    from .steps import Steps, distinct_timesteps
+    from .sweeps import Swept, denoiser, stack, sweep
+    from .tracing import layer, trace
+
+_MODULES = {
+    "captures": ("Captured", "capture"),
+    "errors": ("ProbekitError",),
+    "injections": ("Context", "Injection", "Operation", "Row", "Stored", "add", "blend", "inject", "replace"),
+    "architectures": ("GROUPS", "Layer", "Stream", "bind", "default_layers", "layers", "output_shapes", "select"),
+    "steps": ("Steps", "distinct_timesteps"),
+    "sweeps": ("Swept", "denoiser", "stack", "sweep"),
+    "tracing": ("layer", "trace"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "GROUPS",
     "Captured",
     "Context",
-    "HookError",
     "Injection",
     "Layer",
     "Operation",
+    "ProbekitError",
     "Row",
     "Steps",
     "Stored",
@@ -26,6 +46,7 @@ __all__ = [
     "capture",
     "default_layers",
     "denoiser",
+    "distinct_timesteps",
     "inject",
     "layer",
     "layers",
@@ -36,3 +57,9 @@ __all__ = [
     "sweep",
     "trace",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import HookError, bind
+from .architectures import bind
+from .errors import ProbekitError
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,15 @@ class Steps:
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.indices, self.fraction, self.timesteps)) > 1:
-            raise HookError("steps: give indices, a fraction or timesteps, not two of them")
+            raise ProbekitError("steps: give indices, a fraction or timesteps, not two of them")
         if self.fraction is not None and not 0 <= self.fraction[0] < self.fraction[1] <= 1:
-            raise HookError(f"steps {self.fraction}: a fraction needs 0 <= start < stop <= 1")
+            raise ProbekitError(f"steps {self.fraction}: a fraction needs 0 <= start < stop <= 1")
         if self.timesteps is not None and self.timesteps[0] < self.timesteps[1]:
-            raise HookError(f"steps {self.timesteps}: timesteps fall, write the higher one first")
+            raise ProbekitError(f"steps {self.timesteps}: timesteps fall, write the higher one first")
 
     @classmethod
     def parse(cls, text: str) -> Steps:
-        """Read `all`, `0-9`, `0,3,5-7`, `0%-50%` or `t1000-200`. Raises HookError for anything else."""
+        """Read `all`, `0-9`, `0,3,5-7`, `0%-50%` or `t1000-200`. Raises ProbekitError for anything else."""
         text = text.strip()
         if text == "all":
             return cls()
@@ -52,14 +53,14 @@ class Steps:
                 indices += range(int(first), int(last or first) + 1)
             if indices:
                 return cls(indices=tuple(sorted(set(indices))))
-        raise HookError(f"steps {text!r}: write all, 0-9, 0,3,5-7, 0%-50% or t1000-200")
+        raise ProbekitError(f"steps {text!r}: write all, 0-9, 0,3,5-7, 0%-50% or t1000-200")
 
     def resolve(self, schedule: Sequence[float]) -> frozenset[int]:
-        """The step numbers meant, for a schedule of distinct timesteps. Raises HookError when they lie outside it."""
+        """The step numbers meant, for a schedule of distinct timesteps. Raises ProbekitError when they lie outside it."""
         n = len(schedule)
         if self.indices is not None:
             if outside := [i for i in self.indices if not 0 <= i < n]:
-                raise HookError(f"steps {outside[0]}: the schedule has steps 0 to {n - 1}")
+                raise ProbekitError(f"steps {outside[0]}: the schedule has steps 0 to {n - 1}")
             return frozenset(self.indices)
         if self.fraction is not None:
             start, stop = self.fraction
@@ -70,7 +71,7 @@ class Steps:
         else:
             chosen = frozenset(range(n))
         if not chosen:
-            raise HookError(f"{self}: none of the schedule's {n} steps ({schedule[0]:g} down to {schedule[-1]:g}) lies in it")
+            raise ProbekitError(f"{self}: none of the schedule's {n} steps ({schedule[0]:g} down to {schedule[-1]:g}) lies in it")
         return chosen
 
 
@@ -115,7 +116,7 @@ class Clock:
         self.step, self.timestep = step, self._timesteps[step]
         batch = next(v for v in arguments.values() if isinstance(v, Tensor) and v.ndim > 1).shape[0]
         if batch % self.rows:
-            raise HookError(f"rows {self.rows}: the denoiser is given a batch of {batch}, which that does not divide")
+            raise ProbekitError(f"rows {self.rows}: the denoiser is given a batch of {batch}, which that does not divide")
         self.branches = batch // self.rows
 
     def _step(self, timestep: float) -> int:
@@ -127,7 +128,7 @@ class Clock:
         # half precision rounds what the denoiser is given
         if abs(timesteps[nearest] - timestep) <= 0.004 * abs(timesteps[nearest]) + 1e-4:
             return nearest
-        raise HookError(
+        raise ProbekitError(
             f"timestep {timestep:g} is not in the schedule ({timesteps[0]:g} down to {timesteps[-1]:g}, {len(timesteps)} steps)"
         )
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
-    from probekit.models import load
+    from probekit.models import load, load_space
 
 __version__ = "0.1.0"
-__all__ = ["ProbekitError", "__version__", "load"]
+__all__ = ["ProbekitError", "__version__", "load", "load_space"]
 
 
 def __getattr__(name: str) -> Any:
     # `import probekit` stays light: torch and diffusers come with the first model
-    if name == "load":
-        from probekit.models import load
+    if name in ("load", "load_space"):
+        from probekit import models
 
-        return load
+        return getattr(models, name)
     raise AttributeError(f"module 'probekit' has no attribute {name!r}")

@@ -57,9 +57,9 @@ def models(
     model: Annotated[str | None, typer.Argument(help="A model to look at. [default: the bundled ones]")] = None,
 ) -> None:
     """List models with their families, latent spaces and sizes, and what each space can do."""
+    from probekit.bundled import MODELS, PIPELINES, trained
     from probekit.models import load
     from probekit.report.terminal import print_models
-    from probekit.zoo import MODELS, PIPELINES, trained
 
     bundled = [*PIPELINES, *(name for name in MODELS if trained(name)), "random"]
     print_models([load(name, device="cpu") for name in ([model] if model else bundled)])
@@ -100,7 +100,8 @@ def train(
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and batches.")] = 0,
 ) -> None:
     """Train a bundled model by its recipe; killed and started again, it goes on where it was."""
-    from probekit.zoo import recipes, weights
+    from probekit.bundled import weights
+    from probekit.zoo import recipes
 
     recipe = recipes.find(name)
     recipe.train(out or weights(name), checkpoints, seed)
@@ -127,10 +128,10 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except Exception as error:
-        from probekit.errors import ProbekitError
+        from probekit.hooks.errors import ProbekitError
 
         # hooks are imported only when something has already loaded torch
-        hook_error = getattr(sys.modules.get("probekit.hooks.layers"), "HookError", ProbekitError)
+        hook_error = getattr(sys.modules.get("probekit.hooks.layers"), "ProbekitError", ProbekitError)
         if isinstance(error, ProbekitError | hook_error):
             said = str(error)
         elif hasattr(error, "format_message"):  # typer's, about options: it would draw a box

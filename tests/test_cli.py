@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from probekit.report.images import load_png
+from probekit.images import load_png
 
 PROBEKIT = [sys.executable, "-c", "from probekit.cli import main; main()"]
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}

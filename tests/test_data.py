@@ -22,7 +22,7 @@ from probekit.data import avatars, load
 from probekit.data.avatars import ATTRIBUTES, Avatar, Avatars, avatar, counterfactual
 from probekit.data.celeba import CelebA
 from probekit.data.folder import ImageFolder, read_images
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

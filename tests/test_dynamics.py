@@ -8,7 +8,7 @@ import torch
 from probekit.experiments.dynamics import checkpoints
 
 from probekit.data.avatars import Avatars
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 from probekit.models import glow
 from probekit.report.dynamics import plateaus
 from probekit.zoo.avatar_families import _save_own

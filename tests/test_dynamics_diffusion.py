@@ -17,11 +17,11 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, VQModel
 from torch import Tensor
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 from probekit.metrics.similarity import cka
 from probekit.models import load_diffusion
 from probekit.report.dynamics_diffusion import headline, standings
-from probekit.report.images import load_png
+from probekit.images import load_png
 from probekit.sampling import sample
 from tests.test_cli import OFFLINE, PROBEKIT, probekit
 from tests.test_sampling import smooth, tiny

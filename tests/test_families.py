@@ -10,7 +10,7 @@ from torch import nn
 from probekit import load
 from probekit.data.avatars import ATTRIBUTES, Avatars
 from probekit.models import Model
-from probekit.zoo import MODELS
+from probekit.bundled import MODELS
 from probekit.zoo.avatar_families import FAMILIES, evaluate
 from probekit.zoo.training import Schedule, train
 

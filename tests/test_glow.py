@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 from probekit.latents import LatentSpace
 from probekit.models import checkpoint
 from probekit.models.glow import Glow, build, config_of, from_rosinality, matches, model, nll

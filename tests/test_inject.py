@@ -259,9 +259,9 @@ def test_a_capture_keeps_what_the_layer_gave_for_the_rows_and_steps_asked(tiny_s
     handle.remove()
     assert captured.steps == {1}
     assert torch.equal(captured["mid_block", 1][:, 0], seen[1][[1, 3]])
-    with pytest.raises(hooks.HookError, match="step 0"):
+    with pytest.raises(hooks.ProbekitError, match="step 0"):
         captured["mid_block", 0]
-    with pytest.raises(hooks.HookError, match="conv_in"):
+    with pytest.raises(hooks.ProbekitError, match="conv_in"):
         captured["conv_in", 1]
 
 
@@ -273,9 +273,9 @@ def test_a_tensor_is_injected_and_a_wrong_shape_names_both(tiny_sd: Any) -> None
     by_function = [Injection("mid_block", operation=lambda target, source, context: torch.zeros_like(target))]
     a, b = case.sweep([by_tensor, by_function]).images
     assert torch.allclose(a, b, atol=1e-6)
-    with pytest.raises(hooks.HookError, match=r"\(1, 3, 8, 8\).*mid_block.*\(2, 16, 8, 8\)"):
+    with pytest.raises(hooks.ProbekitError, match=r"\(1, 3, 8, 8\).*mid_block.*\(2, 16, 8, 8\)"):
         case.sweep([[Injection("mid_block", source=torch.zeros(3, 8, 8))]])
-    with pytest.raises(hooks.HookError, match=r"returned \(2, 16, 8\).*\(2, 16, 8, 8\)"):
+    with pytest.raises(hooks.ProbekitError, match=r"returned \(2, 16, 8\).*\(2, 16, 8, 8\)"):
         case.sweep([[Injection("mid_block", operation=lambda target, source, context: target[..., 0])]])
 
 
@@ -298,7 +298,7 @@ def test_hooks_leave_no_trace_behind_also_after_an_error(tiny_sd: Any) -> None:
     with pytest.raises(RuntimeError, match="mine"):
         case.sweep([[Injection("mid_block", operation=fail)]])
     assert state() == before
-    with pytest.raises(hooks.HookError), hooks.capture(tiny_sd.unet, ["mid_block"], schedule=[1.0], rows=1):
+    with pytest.raises(hooks.ProbekitError), hooks.capture(tiny_sd.unet, ["mid_block"], schedule=[1.0], rows=1):
         tiny_sd(RED, num_inference_steps=2, output_type="latent")
     assert state() == before
 
@@ -308,19 +308,19 @@ def test_bad_rules_are_refused_before_anything_runs(tiny_sd: Any) -> None:
         with hooks.inject(tiny_sd.unet, rules, schedule=tiny_sd.scheduler, rows=rows):
             raise AssertionError("it should not get here")
 
-    with pytest.raises(hooks.HookError, match="no layer 'mid'"):
+    with pytest.raises(hooks.ProbekitError, match="no layer 'mid'"):
         enter({1: [Injection("mid")]})
-    with pytest.raises(hooks.HookError, match="mid_block: it has main"):
+    with pytest.raises(hooks.ProbekitError, match="mid_block: it has main"):
         enter({1: [Injection("mid_block", stream="text")]})
-    with pytest.raises(hooks.HookError, match="row 5: the batch has rows 0 to 1"):
+    with pytest.raises(hooks.ProbekitError, match="row 5: the batch has rows 0 to 1"):
         enter({5: [Injection("mid_block")]})
-    with pytest.raises(hooks.HookError, match="batch size 1"):
+    with pytest.raises(hooks.ProbekitError, match="batch size 1"):
         hooks.sweep(tiny_sd, original={"prompt": RED}, edit={"prompt": RED}, rules=[[]], batch_size=1)
 
 
 def test_a_compiled_denoiser_is_refused(tiny_sd: Any) -> None:
     compiled = torch.compile(tiny_sd.unet)
-    with pytest.raises(hooks.HookError, match=r"torch\.compile"), hooks.inject(compiled, {}, schedule=[1.0], rows=1):
+    with pytest.raises(hooks.ProbekitError, match=r"torch\.compile"), hooks.inject(compiled, {}, schedule=[1.0], rows=1):
         pass
 
 

@@ -236,7 +236,7 @@ def test_bad_input_is_one_line_before_anything_is_written(
     import typer
     from probekit.experiments.invert import app
 
-    from probekit.errors import ProbekitError
+    from probekit.hooks.errors import ProbekitError
 
     monkeypatch.chdir(folder)
     arguments: list[Any] = [*RUN[1:], "--out", "bad", *options]

@@ -68,7 +68,7 @@ def test_other_denoisers_of_diffusers_are_known() -> None:
     assert [la.name for la in hooks.layers(dit)] == ["pos_embed", "transformer_blocks.0", "transformer_blocks.1", "proj_out_2"]
     pixart = PixArtTransformer2DModel(**small, cross_attention_dim=8, caption_channels=8, norm_num_groups=4, out_channels=8)
     assert [la.name for la in hooks.layers(pixart)] == ["pos_embed", "transformer_blocks.0", "transformer_blocks.1", "proj_out"]
-    with pytest.raises(hooks.HookError, match="neither U-Net blocks nor"):
+    with pytest.raises(hooks.ProbekitError, match="neither U-Net blocks nor"):
         hooks.layers(torch.nn.Linear(1, 1))
 
 
@@ -98,9 +98,9 @@ def test_globs_groups_and_names_select_and_a_miss_names_the_nearest(tiny_sd: Any
     assert hooks.select(known, ["@all"]) == known
     both = hooks.select(known, ["conv_out", "conv_in", "conv_in"])
     assert [la.name for la in both] == ["conv_in", "conv_out"]
-    with pytest.raises(hooks.HookError, match=r"mid_block\.resnets\.5.*nearest: mid_block\.resnets"):
+    with pytest.raises(hooks.ProbekitError, match=r"mid_block\.resnets\.5.*nearest: mid_block\.resnets"):
         hooks.select(known, ["mid_block.resnets.5"])
-    with pytest.raises(hooks.HookError, match="@resnets, @attentions"):
+    with pytest.raises(hooks.ProbekitError, match="@resnets, @attentions"):
         hooks.select(known, ["@resnet"])
 
 

@@ -11,7 +11,7 @@ from probekit.data.scenes import all_scenes, render
 from probekit.metrics.descriptors import Descriptor, clip_descriptor, paper_descriptors, reader_descriptor
 from probekit.metrics.lpips import distance, features, network
 from probekit.metrics.roles import EVERYTHING, NO_ROLE, damage, interval, roles, summarise, transfer
-from probekit.zoo import weights
+from probekit.bundled import weights
 
 
 def lpips(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from probekit.metrics import geometry
 from probekit.metrics.distributions import share_interval
 from probekit.metrics.geometry import matching_accuracy
 from probekit.models import load_diffusion
-from probekit.report.images import load_png, to_uint8
+from probekit.images import load_png, to_uint8
 from probekit.report.noise_map import PAPER, TO_NOISE, TO_SAMPLE, _mistakes, headline
 from probekit.runs import open_run
 from tests.test_cli import OFFLINE, PROBEKIT, probekit

@@ -95,7 +95,7 @@ def test_bad_input_is_refused_in_one_line(folder: Path, options: list[str], said
     import typer
     from probekit.experiments.probe import app
 
-    from probekit.errors import ProbekitError
+    from probekit.hooks.errors import ProbekitError
 
     monkeypatch.chdir(folder)
     with pytest.raises(ProbekitError) as error:

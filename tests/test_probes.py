@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from sklearn.linear_model import Lasso, LogisticRegression, Ridge
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 from probekit.latents.probes import (
     DEFAULT_LASSO_ALPHA,
     HELD_OUT,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from probekit import ProbekitError
-from probekit.report.images import load_png, save_png
+from probekit.images import load_png, save_png
 from probekit.runs import Run, default_folder, open_run
 
 ROWS = pd.DataFrame({"pair": ["a"], "transfer": [0.5]})

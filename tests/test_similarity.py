@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 from probekit.metrics import distributions, lpips
 from probekit.metrics.distributions import alexnet_features, bootstrap, frechet, inception_features, inception_fid
 from probekit.metrics.similarity import cka, mutual_knn, svcca

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from probekit.hooks import HookError, Steps
+from probekit.hooks import ProbekitError, Steps
 from probekit.hooks.steps import distinct_timesteps
 
 SCHEDULE = (999.0, 749.0, 499.0, 249.0)
@@ -26,13 +26,13 @@ def test_every_way_to_write_steps(text: str, steps: set[int]) -> None:
 
 @pytest.mark.parametrize("text", ["", "x", "1-", "-1", "50%-20%", "t200-1000", "5-3", "0%-120%"])
 def test_what_is_no_steps_is_refused(text: str) -> None:
-    with pytest.raises(HookError):
+    with pytest.raises(ProbekitError):
         Steps.parse(text)
 
 
 @pytest.mark.parametrize(("steps", "said"), [(Steps(indices=(9,)), "0 to 3"), (Steps(timesteps=(200, 100)), "999 down to 249")])
 def test_steps_outside_the_schedule_are_refused(steps: Steps, said: str) -> None:
-    with pytest.raises(HookError, match=said):
+    with pytest.raises(ProbekitError, match=said):
         steps.resolve(SCHEDULE)
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from probekit.report.images import load_png
+from probekit.images import load_png
 from tests.test_cli import killed_once, probekit
 
 OWN = '''
@@ -189,7 +189,7 @@ def test_bad_input_is_refused_in_one_line(folder: Path, options: list[str], said
     import typer
     from probekit.experiments.stitch import app
 
-    from probekit.errors import ProbekitError
+    from probekit.hooks.errors import ProbekitError
 
     monkeypatch.chdir(folder)
     with pytest.raises(ProbekitError) as error:
@@ -256,7 +256,7 @@ def test_a_damaged_latent_is_refused_in_one_line(folder: Path) -> None:
 def test_the_paper_s_penalties_are_of_its_pairs() -> None:
     from probekit.experiments.stitch import penalty
 
-    from probekit.errors import ProbekitError
+    from probekit.hooks.errors import ProbekitError
 
     assert penalty("paper", "ddpm", "stylegan2") == 2000 and penalty("paper", "vae", "glow") == 0
     assert penalty("loo", "vae", "glow") == "auto" and penalty("7.5", "vae", "glow") == 7.5

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 from probekit.latents import LatentSpace
 from probekit.latents.store import BLOCK, LatentStore
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 from probekit.models import checkpoint, random, vae, vqvae
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "diffusevae.safetensors"

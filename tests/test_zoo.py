@@ -14,9 +14,10 @@ import torch
 
 from probekit import hooks, load
 from probekit.data.scenes import all_scenes, labels, sample_scenes
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 from probekit.metrics.roles import NO_ROLE, roles, summarise
-from probekit.zoo import GUIDANCE, WEIGHTS, scene_clip, scene_reader, weights
+from probekit.bundled import GUIDANCE, WEIGHTS, weights
+from probekit.zoo import scene_clip, scene_reader
 from probekit.zoo.training import Schedule, train
 from tests.test_cli import probekit
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
     from probekit.data.dataset import Dataset

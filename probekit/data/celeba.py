@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from probekit.data.folder import digest, list_images, numbers, read_images, read_rows
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
     import pandas as pd

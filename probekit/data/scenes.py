@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 
 KINDS = ("circle", "square", "triangle", "cross", "ring", "star", "heart", "moon", "tree", "fish")
 COLOURS = {

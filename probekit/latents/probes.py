@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 import numpy as np
 from jaxtyping import Bool, Float
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 from probekit.runs import write_whole
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from probekit import __version__
 from probekit.data.dataset import Dataset
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 from probekit.latents.space import LatentSpace, generator
 from probekit.runs import file_name, write_whole, writing
 

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from probekit.images import to_uint8
 from probekit.metrics import lpips
-from probekit.report.images import to_uint8
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,9 @@ def clip_descriptor(path: str) -> Descriptor:
 
 def reader_descriptor(attributes: Sequence[str]) -> Descriptor:
     """The share of those attributes that the scene reader reads differently, in [0, 1]."""
-    from probekit.zoo import weights
-    from probekit.zoo.scene_reader import load
+    from probekit.metrics.readers import scene_reader
 
-    reader = load(weights("scene-reader"))
+    reader = scene_reader()
 
     def features(images: Tensor) -> list[tuple[int, ...]]:
         seen = reader.read(images.float().cpu())

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 
 Rows = Float[Tensor, "n ..."] | Float[np.ndarray, "n ..."]
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
-from probekit.zoo import weights
+from probekit.bundled import weights
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 
 Features = Float[np.ndarray, "n d"] | Float[Tensor, "n d"]
 

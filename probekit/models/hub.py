@@ -1,13 +1,16 @@
-"""Where diffusers and transformers load from: a local folder or a hub id."""
+"""What diffusers and transformers load: a local folder or a hub id, onto which device, in which precision."""
 
 from __future__ import annotations
 
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def place(path: str | Path, name: str) -> str:
@@ -42,3 +45,27 @@ def load_part(kind: Any, place: str, part: str | None, name: str) -> Any:
     if missing := sorted(report["missing_keys"]):
         raise ProbekitError(f"model {name!r}: its weights lack {len(missing)} tensors, {missing[0]!r} first")
     return network.float().eval()
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is cuda, then mps, then cpu. Raises ProbekitError where the device is not there."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ProbekitError(f"device {device!r}: not available here; use auto, cpu, cuda or mps") from error
+
+
+def precision(dtype: str, device: torch.device, *, transformer: bool) -> torch.dtype:
+    """`auto` is float32 on the CPU, elsewhere bfloat16 for transformers and float16 for U-Nets. Raises ProbekitError otherwise."""
+    import torch
+
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else "bfloat16" if transformer else "float16"
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype not in known:
+        raise ProbekitError(f"dtype {dtype!r}: choose auto, {', '.join(known)}")
+    return known[dtype]

@@ -1,57 +1,170 @@
-"""A generative model with its latent spaces, whatever its family."""
+"""A generative model, whatever its family: a network, its latent spaces, and where it is one, its denoiser."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import hashlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
-import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from probekit.errors import ProbekitError
+from probekit import hooks
+from probekit.hooks.errors import ProbekitError
 from probekit.latents import LatentSpace
+from probekit.models.painter import Painter
 from probekit.sampling import Diffusion
+
+Maker = Callable[..., LatentSpace]
+"""Makes a space from its parameters, which are keyword arguments with defaults; their annotations say what text is read as."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a conditional model's images are of. A guidance of None is the model's own."""
+
+    prompt: str | None = None
+    label: int | None = None
+    guidance: float | None = None
+
+
+def fixed(*spaces: LatentSpace) -> dict[str, Maker]:
+    """The makers of spaces without parameters, by name."""
+
+    def made(space: LatentSpace) -> Maker:
+        return lambda: space
+
+    return {space.name: made(space) for space in spaces}
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
     """A network and its latent spaces, the first of which is the default.
 
-    name: how it was asked for; family: vae, vqvae, glow, stylegan2, ddpm, flow (rectified), ldm, random or custom; image_size:
-    height and width of its images in pixels; network: the module whose weights count, None for a model without any; source:
-    what else makes the model what it is, such as a hash of the user's code; diffusion: how noise becomes images and back, of a
-    diffusion or rectified-flow model; at_size: the same network for images of another size, of a convolutional one.
+    name: how it was asked for. family: vae, vqvae, glow, stylegan2, ddpm, flow (rectified), ldm, dit, text-to-image, random or
+    custom. image_size: height and width of its images in pixels, None where any will do. network: the module whose weights count,
+    None for a model without any. makers: by name, what makes each of its spaces.
+
+    Where the model has them: process: how noise becomes images and back; paints: how captions become pictures; on: the same
+    model under a condition; at_size: the same network for images of another size, of a convolutional one; source: what else
+    makes the model what it is, such as a hash of the user's code.
     """
 
     name: str
     family: str
-    image_size: int
+    image_size: int | None
     network: nn.Module | None = field(repr=False)
-    spaces: dict[str, LatentSpace] = field(repr=False)
-    source: str = field(default="", repr=False)
-    diffusion: Diffusion | None = field(default=None, repr=False)
+    makers: Mapping[str, Maker] = field(repr=False)
+    process: Diffusion | None = field(default=None, repr=False)
+    paints: Painter | None = field(default=None, repr=False)
+    on: Callable[[Condition], Model] | None = field(default=None, repr=False)
     at_size: Callable[[int], Model] | None = field(default=None, repr=False)
+    source: str = field(default="", repr=False)
 
-    def space(self, name: str | None = None) -> LatentSpace:
-        """The space of that name, or the default one. Raises ProbekitError with the names there are."""
-        if name is None:
-            return next(iter(self.spaces.values()))
-        if name not in self.spaces:
-            raise ProbekitError(f"model {self.name!r}: no space {name!r}; it has {', '.join(self.spaces)}")
-        return self.spaces[name]
+    # --- spaces ----------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def spaces(self) -> dict[str, LatentSpace]:
+        """Every space with its default parameters, by name."""
+        return {name: self.space(name) for name in self.makers}
+
+    def space(self, spec: str | None = None, *, label: str | None = None, **parameters: Any) -> LatentSpace:
+        """The space that `NAME` or `NAME:key=value:key=value` means, or the default one.
+
+        parameters: the same as keyword arguments. label: what to call it in results, by default `MODEL:spec`. Raises
+        ProbekitError, naming what there is, for a space or a parameter that the model does not have.
+        """
+        if not self.makers:
+            raise ProbekitError(f"model {self.name!r}: a {self.family}, which has no latent spaces")
+        name, *given = (spec or next(iter(self.makers))).split(":")
+        if name not in self.makers:
+            raise ProbekitError(f"model {self.name!r}: no space {name!r}; it has {', '.join(self.makers)}")
+        maker = self.makers[name]
+        called = label or (f"{self.name}:{spec}" if spec else self.name)
+        made = maker(**_parameters(called, maker, given, parameters))
+        return dataclasses.replace(
+            made, model=self.name, family=self.family, image_size=self.image_size, label=called, weights=lambda: self.digest
+        )
+
+    # --- conditions ------------------------------------------------------------------------------------------------------
+
+    def conditioned(self, prompt: str | None = None, label: int | None = None, guidance: float | None = None) -> Model:
+        """The same model under a caption or a class, with classifier-free guidance (Ho and Salimans 2022; 1 is none).
+
+        Raises ProbekitError, naming the option, for a model that takes none.
+        """
+        condition = Condition(prompt, label, guidance)
+        if condition == Condition():
+            return self
+        if self.on is None:
+            if prompt is not None:
+                raise ProbekitError(f"--prompt {prompt!r}: model {self.name!r} takes none")
+            if label is not None or guidance != 1:
+                option = f"--guidance {guidance:g}" if label is None else f"--label {label}"
+                raise ProbekitError(f"{option}: model {self.name!r} has no classes")
+            return self
+        return self.on(condition)
+
+    # --- noise and images ------------------------------------------------------------------------------------------------
+
+    @property
+    def diffusion(self) -> Diffusion:
+        """How noise becomes images and back. Raises ProbekitError for a model that does not go step by step."""
+        if self.process is None:
+            raise ProbekitError(f"model {self.name!r}: a {self.family}, which makes no images from noise step by step")
+        return self.process
 
     @property
     def denoiser(self) -> nn.Module:
-        """The U-Net of a model of pixels. Raises ProbekitError for another family."""
-        if self.network is None or self.family not in ("ddpm", "flow"):
+        """The U-Net or transformer. Raises ProbekitError for a model without one."""
+        if self.paints is not None:
+            return hooks.denoiser(self.paints.pipeline)
+        if self.process is None:
             raise ProbekitError(f"model {self.name!r}: a {self.family}; layers are those of denoisers, U-Nets and transformers")
-        return self.network
+        return self.process.network
+
+    @cached_property
+    def layers(self) -> list[hooks.Layer]:
+        """The denoiser's layers in execution order. Raises ProbekitError as `denoiser`."""
+        return hooks.layers(self.denoiser)
 
     def denoise_once(self) -> None:
         """Call the denoiser on one picture, for what watches its layers."""
-        self.denoiser(torch.zeros(1, 3, self.image_size, self.image_size, device=next(self.denoiser.parameters()).device), 0)
+        if self.paints is not None:
+            self.paints.denoise_once()
+        else:
+            self.diffusion.denoise_once()
+
+    # --- captions --------------------------------------------------------------------------------------------------------
+
+    @property
+    def painter(self) -> Painter:
+        """How captions become pictures. Raises ProbekitError for a model that takes no captions."""
+        if self.paints is None:
+            raise ProbekitError(f"model {self.name!r}: a {self.family}, which takes no prompt; name a text-to-image model")
+        return self.paints
+
+    @property
+    def pipeline(self) -> Any:
+        """The diffusers pipeline of a text-to-image model. Raises ProbekitError as `painter`."""
+        return self.painter.pipeline
+
+    def generate(self, prompts: Sequence[str], noises: Sequence[int], **options: Any) -> Float[Tensor, "n 3 h w"]:
+        """`Painter.generate`: pictures of the prompts, each from the noise of that number."""
+        return self.painter.generate(prompts, noises, **options)
+
+    def sweep(
+        self, original: tuple[str, int], edit: tuple[str, int], rules: Sequence[Sequence[hooks.Injection]], **options: Any
+    ) -> hooks.Swept:
+        """`Painter.sweep`: one picture a rule, of (prompt, noise's number) O with layers of E."""
+        return self.painter.sweep(original, edit, rules, **options)
+
+    # --- what it is ------------------------------------------------------------------------------------------------------
 
     @cached_property
     def parameters(self) -> int:
@@ -65,3 +178,30 @@ class Model:
         for key, value in sorted(self.network.state_dict().items()) if self.network is not None else ():
             fingerprint.update(f"{key}{tuple(value.shape)}".encode() + value.detach().float().cpu().numpy().tobytes())
         return fingerprint.hexdigest()[:12]
+
+
+def _parameters(space: str, maker: Maker, given: Sequence[str], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A maker's arguments from `key=value` texts and keyword arguments, read as its annotations say."""
+    known = inspect.signature(maker, eval_str=True).parameters
+    read: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or key in texts:
+            raise ProbekitError(f"space {space!r}: {text!r} is no key=value, or given twice")
+        texts[key] = value
+    for key, value in (texts | dict(parameters)).items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1) or list(known)
+            there = f"it has {', '.join(near)}" if near else "it has none"
+            raise ProbekitError(f"space {space!r}: no parameter {key!r}; {there}")
+        kind = "int" if "int" in str(known[key].annotation) else "float" if "float" in str(known[key].annotation) else "str"
+        if kind == "str" or value is None:
+            read[key] = value
+            continue
+        try:
+            read[key] = int(value) if kind == "int" else float(value)
+        except (TypeError, ValueError) as error:
+            needed = "a whole number" if kind == "int" else "a number"
+            raise ProbekitError(f"space {space!r}: {key} {value!r} is not {needed}") from error
+    return read

@@ -13,7 +13,7 @@ from probekit import hooks
 
 if TYPE_CHECKING:
     from probekit.models import Model, TextToImage
-    from probekit.zoo import Measured
+    from probekit.zoo.measured import Measured
 
 
 def console() -> Console:
@@ -59,7 +59,7 @@ def print_models(models: Sequence[TextToImage | Model]) -> None:
 
 def print_zoo() -> None:
     """A table of the bundled models."""
-    from probekit.zoo import weights
+    from probekit.bundled import weights
     from probekit.zoo.recipes import RECIPES
 
     table = Table(title="the zoo", title_justify="left")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from probekit.errors import ProbekitError
-from probekit.latents.space import generator
+from probekit import seeds
+from probekit.hooks.errors import ProbekitError
 from probekit.sampling.schedule import Schedule
 from probekit.sampling.trajectory import Denoiser
 
-_BATCH = 50
+BATCH = 50
+"""States that go through a network at a time, where nobody says."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,19 +24,38 @@ class Diffusion:
     """A diffusion or flow model between noise and images.
 
     name: of the model. image_size: height and width of its images in pixels. shape: of a state, what noise is drawn in.
-    scheduler: diffusers', with the model's noise levels. denoiser: for a number of rows, what predicts for them.
-    encoder, decoder: images (n, 3, h, w) in [-1, 1] to noiseless states and back; a model of pixels has its images for states.
-    tokens: the length of a state's token sequence, where the scheduler asks for it.
+    scheduler: diffusers', with the model's noise levels. network: the U-Net or transformer. denoiser: for a number of rows, what
+    predicts for them.
+    encoder, decoder: images (n, 3, h, w) in [-1, 1] to noiseless states and back; None for a model of pixels, whose states are
+    its images.
+    tokens: the length of a state's token sequence, where the scheduler asks for it. told: the timestep that hooks see for a
+    timestep of 1 of the schedule. condition: what the images are of, for the fingerprint of spaces.
     """
 
     name: str
     image_size: int
     shape: tuple[int, ...]
     scheduler: Any
+    network: nn.Module
     denoiser: Callable[[int], Denoiser]
-    encoder: Callable[[Tensor], Tensor]
-    decoder: Callable[[Tensor], Tensor]
+    encoder: Callable[[Tensor], Tensor] | None = None
+    decoder: Callable[[Tensor], Tensor] | None = None
     tokens: int | None = None
+    told: float = 1.0
+    condition: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """What beyond the weights makes its images what they are: the noise schedule, the condition, the precision."""
+        config = {"_class_name": type(self.scheduler).__name__, **self.scheduler.config}
+        config = {key: value for key, value in config.items() if key != "_diffusers_version"}
+        precision = str(next(self.network.parameters()).dtype).removeprefix("torch.")
+        return {"scheduler": config, "condition": dict(self.condition), "precision": precision}
 
     def schedule(self, steps: int) -> Schedule:
         """The model's schedule of that many steps. Raises ProbekitError as `Schedule.of`, naming the model."""
@@ -44,30 +64,43 @@ class Diffusion:
         except ProbekitError as error:
             raise ProbekitError(f"model {self.name!r}: {error}") from error
 
-    def noise(self, rows: range, seed: int) -> Float[Tensor, "n *shape"]:
-        """Standard normal noise; that of a row depends on the seed and its number alone."""
-        drawn = (torch.randn(self.shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + row)) for row in rows)
-        return torch.stack(list(drawn))
+    def noise(self, numbers: Iterable[int], seed: int) -> Float[Tensor, "n *shape"]:
+        """Standard normal noise of those numbers; each depends on the seed and its number alone (`seeds.noise`)."""
+        return seeds.noise(self.shape, numbers, seed)
 
-    def fresh_noise(self, rows: range, seed: int) -> Float[Tensor, "n *shape"]:
-        """More of it, independent of `noise` for any rows and seed."""
-        return torch.stack([torch.randn(self.shape, generator=generator("fresh noise", seed, row)) for row in rows])
+    def fresh_noise(self, numbers: Iterable[int], seed: int) -> Float[Tensor, "n *shape"]:
+        """More of it, independent of `noise` for any numbers and seed."""
+        return seeds.fresh_noise(self.shape, numbers, seed)
 
     @torch.no_grad()
-    def encode(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n *shape"]:
+    def denoise_once(self) -> None:
+        """Call the network on one state, for what watches its layers."""
+        self.denoiser(1)(torch.zeros(1, *self.shape, device=self.device), self.schedule(1).timesteps[0])
+
+    @torch.no_grad()
+    def encode(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n *shape"]:
         """Images to noiseless states, on the CPU. Raises ProbekitError for images of another size, and as `decode`."""
         if tuple(images.shape[1:]) != (3, self.image_size, self.image_size):
             size = (3, self.image_size, self.image_size)
             raise ProbekitError(f"images of shape {tuple(images.shape[1:])}: model {self.name!r} takes {size}")
-        return self._whole(torch.cat([self.encoder(part).float().cpu() for part in torch.split(images, _BATCH)]))
+        return self._whole(_in_parts(self.encoder, images)) if self.encoder else images.float().cpu()
 
     @torch.no_grad()
     def decode(self, states: Float[Tensor, "n *shape"]) -> Float[Tensor, "n 3 h w"]:
         """Noiseless states to images in [-1, 1], on the CPU. Raises ProbekitError for what is not finite (half precision)."""
-        made = torch.cat([self.decoder(part).float().cpu() for part in torch.split(states, _BATCH)])
+        made = _in_parts(self.decoder, states) if self.decoder else states.float().cpu()
         return self._whole(made).clamp(-1, 1)
+
+    def walk(self, states: Float[Tensor, "n ..."], way: Callable[[Denoiser, Tensor], Tensor], batch: int = BATCH) -> Tensor:
+        """`way` from states to states, `batch` rows at a time on the network's device; the result is on the CPU."""
+        parts = torch.split(states, batch)
+        return torch.cat([way(self.denoiser(len(part)), part.to(self.device)).cpu() for part in parts])
 
     def _whole(self, values: Tensor) -> Tensor:
         if not torch.isfinite(values).all():
             raise ProbekitError(f"model {self.name!r}: its autoencoder gives values that are not finite; use --dtype float32")
         return values
+
+
+def _in_parts(way: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
+    return torch.cat([way(part).float().cpu() for part in torch.split(items, BATCH)])

@@ -1,4 +1,4 @@
-"""The inversions by name: each with its way back, so that experiments can hold them side by side."""
+"""The inversions by name, each with its way back: what the space `inverted` and the experiments on it run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from probekit.hooks.errors import ProbekitError
+from probekit.sampling.diffusion import Diffusion
 from probekit.sampling.schedule import Schedule
 from probekit.sampling.trajectory import (
     Denoiser,
@@ -26,14 +28,15 @@ class Inversion:
     """One way from images to latents and back.
 
     invert: (denoiser, image states, schedule, fresh noise, how many steps it replaces) to the trajectory to the latents, the
-    last two for `renoised` only; back: (denoiser, latents, schedule) to the trajectory to the images. pairs: whether its
-    latents are pairs of states (n, 2, ...), in float64.
+    last two for `renoised` only, which `draws`; back: (denoiser, latents, schedule) to the trajectory to the images. pairs:
+    whether its latents are pairs of states (n, 2, ...), in float64.
     """
 
     about: str
     invert: Callable[[Denoiser, Tensor, Schedule, Tensor, int], Trajectory]
     back: Callable[[Denoiser, Tensor, Schedule], Trajectory]
     pairs: bool = False
+    draws: bool = False
 
 
 def _pair(states: Tensor) -> Tensor:
@@ -55,6 +58,7 @@ INVERSIONS: dict[str, Inversion] = {
         "the first steps replaced by fresh noise (Hidden Relations)",
         lambda d, x, s, epsilon, k: invert_renoised(d, x, s, epsilon, renoised=k),
         lambda d, z, s: sample(d, z, s),
+        draws=True,
     ),
     "edict": Inversion(
         "two states coupled, exact (Wallace et al. 2023)",
@@ -63,3 +67,35 @@ INVERSIONS: dict[str, Inversion] = {
         pairs=True,
     ),
 }
+
+
+def check_method(name: str) -> Inversion:
+    """The inversion of that name. Raises ProbekitError for what is none."""
+    if name not in INVERSIONS:
+        raise ProbekitError(f"inversion {name!r}: choose {', '.join(INVERSIONS)}")
+    return INVERSIONS[name]
+
+
+def default_renoised(steps: int) -> int:
+    """How many steps the remedy replaces where nobody says: a twentieth, one at least."""
+    return max(1, round(0.05 * steps))
+
+
+def inverted(
+    diffusion: Diffusion, method: str, states: Tensor, schedule: Schedule, fresh: Tensor, *, renoised: int | None = None
+) -> Trajectory:
+    """Noiseless states (n, ...) to latents, all in one batch, by the method of that name.
+
+    fresh: normal noise of the states' shape, which only `renoised` uses. The latents are float32, those of pairs float64.
+    """
+    inversion, count = check_method(method), default_renoised(len(schedule)) if renoised is None else renoised
+    there, fresh = states.to(diffusion.device), fresh.to(diffusion.device)
+    return inversion.invert(diffusion.denoiser(len(states)), there, schedule, fresh, count)
+
+
+def restored(diffusion: Diffusion, method: str, latents: Tensor, schedule: Schedule) -> Tensor:
+    """Latents to noiseless states (n, ...), all in one batch: the way back of the method of that name, on the CPU."""
+    inversion = check_method(method)
+    there = latents.double() if inversion.pairs and diffusion.device.type != "mps" else latents
+    end = inversion.back(diffusion.denoiser(len(latents)), there.to(diffusion.device), schedule).end
+    return (end[:, 0] if inversion.pairs else end).float().cpu()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 
 _PREDICTIONS = ("epsilon", "v_prediction")
 _FLOW = "FlowMatchEulerDiscreteScheduler"
@@ -79,6 +79,10 @@ class Schedule:
     def level(self, state: int) -> Level:
         """Signal and noise of a state, 0 (noise) to n (image)."""
         return self.sources[state] if state < len(self) else self.targets[-1]
+
+    def after(self, step: int) -> Schedule:
+        """What is left of the schedule from that step on."""
+        return Schedule(self.timesteps[step:], self.sources[step:], self.targets[step:], self.prediction)
 
     def forward(self, step: int) -> tuple[float, float]:
         """(a, b) of a sampling step: the next state is a * state + b * prediction."""

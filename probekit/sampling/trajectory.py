@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 from probekit.sampling.schedule import Schedule
 
 Denoiser = Callable[[Tensor, float], Tensor]

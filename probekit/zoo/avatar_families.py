@@ -15,9 +15,10 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from probekit.bundled import weights
 from probekit.data.avatars import IMAGE_SIZE, TRAIN, Avatars
 from probekit.models import glow, stylegan2, vae, vqvae
-from probekit.zoo import Measured, weights
+from probekit.zoo.measured import Measured
 from probekit.zoo.training import Schedule, train
 
 Numbers = dict[str, float]
@@ -65,8 +66,8 @@ def evaluate(name: str, n: int, seed: int) -> list[Measured]:
     """
     from probekit.metrics import lpips
     from probekit.metrics.distributions import alexnet_features, frechet
+    from probekit.metrics.readers import avatar_reader
     from probekit.models import Model, load
-    from probekit.zoo import avatar_reader
 
     model, avatars = load(name, device="cpu"), Avatars()
     assert isinstance(model, Model)
@@ -75,7 +76,7 @@ def evaluate(name: str, n: int, seed: int) -> list[Measured]:
     test = avatars.images(index)
     truth = torch.tensor(avatars.labels(index).to_numpy())
     drawn = avatars.images(torch.randint(TRAIN, (len(index),), generator=generator).numpy())
-    reader = avatar_reader.load(weights("avatar-reader"))
+    reader = avatar_reader()
 
     def batched(work: Callable[[Tensor], Tensor], items: Tensor, what: str) -> Tensor:
         return torch.cat([work(part) for part in track(torch.split(items, 100), f"{name}: {what}")])

@@ -1,45 +1,21 @@
-"""The avatar reader: a small CNN that reads all attributes of an avatar off its picture."""
+"""The recipe of the avatar reader."""
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from probekit.data.avatars import ATTRIBUTES, IMAGE_SIZE, TRAIN, Avatars
-from probekit.zoo import Measured, weights
+from probekit.data.avatars import ATTRIBUTES, TRAIN, Avatars
+from probekit.metrics.readers import AvatarReader, avatar_reader
+from probekit.zoo.measured import Measured
 from probekit.zoo.training import Schedule, train
 
 SCHEDULE = Schedule(steps=3000, learning_rate=2e-3, ema=0.998, bfloat16=True)
 BATCH = 64
-
-
-class AvatarReader(nn.Module):
-    """One logit for every attribute in `ATTRIBUTES`, from images in [-1, 1] of 32x32 pixels (others are resized)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for i, (inner, outer) in enumerate(itertools.pairwise((3, 32, 64, 96))):
-            layers += [nn.Conv2d(inner, outer, 3, padding=1, stride=1 if i == 0 else 2), nn.GroupNorm(8, outer), nn.SiLU()]
-        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 8 * 8, 128), nn.SiLU())
-        self.head = nn.Linear(128, len(ATTRIBUTES))
-
-    def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n attributes"]:
-        """Logits."""
-        if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
-            images = F.interpolate(images, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
-        return self.head(self.features(images))
-
-    @torch.no_grad()
-    def read(self, images: Float[Tensor, "n 3 h w"]) -> Bool[Tensor, "n attributes"]:
-        """Which attributes are seen in each image."""
-        return self(images) > 0
 
 
 class Loss:
@@ -65,7 +41,7 @@ class Loss:
 
 def evaluate(n: int = 2000, seed: int = 0) -> list[Measured]:
     """The share of the test avatars, at most 10,000, whose attribute the bundled reader gets right, for every attribute."""
-    avatars, reader = Avatars(seed=seed), load(weights("avatar-reader"))
+    avatars, reader = Avatars(seed=seed), avatar_reader()
     index = avatars.split("test")[:n]
     right = (reader.read(avatars.images(index)).numpy() == avatars.labels(index).to_numpy()).mean(0)
     return [Measured(name, float(share), 0.99) for name, share in zip(ATTRIBUTES, right, strict=True)]
@@ -79,10 +55,3 @@ def train_and_save(folder: Path, checkpoints: Path, *, seed: int = 0) -> None:
     )
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.half() for k, v in reader.state_dict().items()}, folder / "model.safetensors")
-
-
-def load(folder: Path) -> AvatarReader:
-    """The trained reader, float32, on the CPU."""
-    reader = AvatarReader()
-    reader.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
-    return reader.eval()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from probekit.data.scenes import PLACES, SIZES, render, split
 from probekit.runs import write_whole
-from probekit.zoo import Measured
+from probekit.zoo.measured import Measured
 from probekit.zoo.training import Schedule, train
 
 if TYPE_CHECKING:
@@ -151,9 +151,10 @@ def evaluate(n: int = 500, seed: int = 1) -> list[Measured]:
     The bars are the ones this model is meant to reach; size has none. The last row is the reader on the autoencoder's
     reconstructions of drawn scenes.
     """
+    from probekit.bundled import GUIDANCE, weights
     from probekit.data.scenes import VALUES, labels, sample_scenes
     from probekit.models import load_text_to_image
-    from probekit.zoo import GUIDANCE, scene_reader, weights
+    from probekit.zoo import scene_reader
 
     model, reader = load_text_to_image("mini-sd", device="cpu"), scene_reader.load(weights("scene-reader"))
     generator = torch.Generator().manual_seed(seed)

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from probekit.errors import ProbekitError
-from probekit.zoo import MODELS, Measured, avatar_reader, scene_clip, scene_reader, scene_vae, weights
+from probekit.bundled import MODELS, weights
+from probekit.hooks.errors import ProbekitError
+from probekit.zoo import avatar_reader, scene_clip, scene_reader, scene_vae
+from probekit.zoo.measured import Measured
 
 
 @dataclass(frozen=True)

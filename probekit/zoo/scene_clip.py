@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from probekit.data.scenes import VALUES, all_scenes, labels, render, sample_scenes
-from probekit.zoo import Measured
+from probekit.zoo.measured import Measured
 from probekit.zoo.training import Schedule, train
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def evaluate(n: int = 500, seed: int = 1) -> list[Measured]:
     """
     from transformers import CLIPModel, CLIPTokenizer
 
-    from probekit.zoo import weights
+    from probekit.bundled import weights
 
     clip, words = CLIPModel.from_pretrained(weights("scene-clip")).float(), CLIPTokenizer.from_pretrained(weights("scene-clip"))
     generator = torch.Generator().manual_seed(seed)

@@ -15,7 +15,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 
 Loss = Callable[[nn.Module, torch.Generator], tuple[Tensor, dict[str, float]]]
 """One training step's loss of a module: draws its own batch from the generator; also returns numbers to show."""

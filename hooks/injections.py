@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .capture import Captured
-from .layers import HookError, Layer, Site, bind, hook_sites, layers, read, write
+from .architectures import Layer, Site, bind, hook_sites, layers, read, write
+from .captures import Captured
+from .errors import ProbekitError
 from .steps import ALL, Clock, Steps
 
 
@@ -101,7 +102,7 @@ def inject(denoiser: nn.Module, rules: Rules, *, schedule: Any, rows: int) -> It
     """Run `rules` in every denoiser call made inside the context.
 
     schedule: the pipeline's scheduler, or the distinct timesteps in order. rows: how many images the pipeline makes at
-    once. All hooks are removed on leaving, also after an exception. Raises HookError for unknown layers and streams at
+    once. All hooks are removed on leaving, also after an exception. Raises ProbekitError for unknown layers and streams at
     once, for steps outside the schedule and for shapes that do not fit at the first call.
     """
     known = {layer.name: layer for layer in layers(denoiser)}
@@ -129,11 +130,11 @@ def _plan(known: Mapping[str, Layer], rules: Rules, rows: int) -> dict[Site, lis
     for row, injections in rules.items():
         for injection in injections:
             if injection.layer not in known:
-                raise HookError(f"no layer {injection.layer!r} in this model")
+                raise ProbekitError(f"no layer {injection.layer!r} in this model")
             source = injection.source
             for number in (row, source.index if isinstance(source, Row) else row):
                 if not 0 <= number < rows:
-                    raise HookError(f"row {number}: the batch has rows 0 to {rows - 1}")
+                    raise ProbekitError(f"row {number}: the batch has rows 0 to {rows - 1}")
             stream = known[injection.layer].stream(injection.stream)
             for site in stream.writes:
                 plan.setdefault(site, []).append(_Write(row, injection, stream.keeps))
@@ -222,7 +223,7 @@ class _Engine:
         new = injection.operation(target, source, context)
         if not isinstance(new, Tensor) or new.shape != target.shape:
             got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
-            raise HookError(f"operation at {injection.layer}: it returned {got}, the layer needs {tuple(target.shape)}")
+            raise ProbekitError(f"operation at {injection.layer}: it returned {got}, the layer needs {tuple(target.shape)}")
         weight = None
         if injection.mask is not None:
             weight = _spatial(injection.mask, target, injection.layer)
@@ -240,7 +241,7 @@ class _Engine:
         if source.ndim == target.ndim - 1:
             source = source[None]
         if source.shape[1:] != target.shape[1:] or source.shape[0] not in (1, target.shape[0]):
-            raise HookError(
+            raise ProbekitError(
                 f"source of shape {tuple(source.shape)} does not fit layer {injection.layer} of shape {tuple(target.shape)}"
             )
         return source.to(target.device, target.dtype).expand_as(target)
@@ -254,7 +255,7 @@ def _is_plain(injection: Injection) -> bool:
 def _spatial(mask: Tensor, target: Tensor, layer: str) -> Tensor:
     """The mask at the target's resolution, shaped to broadcast over it; tokens are a grid of the mask's proportions."""
     if mask.ndim != 2:
-        raise HookError(f"mask of shape {tuple(mask.shape)} at {layer}: it must be (height, width)")
+        raise ProbekitError(f"mask of shape {tuple(mask.shape)} at {layer}: it must be (height, width)")
     if target.ndim == 4:
         height, width = target.shape[-2:]
     else:
@@ -262,7 +263,7 @@ def _spatial(mask: Tensor, target: Tensor, layer: str) -> Tensor:
         height = round(math.sqrt(tokens * mask.shape[0] / mask.shape[1]))
         width = tokens // max(height, 1)
         if height * width != tokens:
-            raise HookError(
+            raise ProbekitError(
                 f"mask of shape {tuple(mask.shape)} does not fit layer {layer} of shape {tuple(target.shape)}: "
                 f"its {tokens} tokens are no grid of those proportions"
             )
@@ -273,9 +274,9 @@ def _spatial(mask: Tensor, target: Tensor, layer: str) -> Tensor:
 
 def _token_weight(tokens: Sequence[int], target: Tensor, layer: str, weight: Tensor | None) -> Tensor:
     if target.ndim != 3:
-        raise HookError(f"tokens at {layer} of shape {tuple(target.shape)}: it has no tokens, use a mask")
+        raise ProbekitError(f"tokens at {layer} of shape {tuple(target.shape)}: it has no tokens, use a mask")
     if outside := [t for t in tokens if not 0 <= t < target.shape[1]]:
-        raise HookError(f"token {outside[0]} at {layer}: it has tokens 0 to {target.shape[1] - 1}")
+        raise ProbekitError(f"token {outside[0]} at {layer}: it has tokens 0 to {target.shape[1] - 1}")
     chosen = torch.zeros(1, target.shape[1], 1, device=target.device, dtype=target.dtype)
     chosen[:, list(tokens)] = 1
     return chosen if weight is None else chosen * weight

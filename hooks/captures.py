@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .layers import HookError, Layer, Site, bind, hook_sites, layers, read, select
+from .architectures import Layer, Site, bind, hook_sites, layers, read, select
+from .errors import ProbekitError
 from .steps import ALL, Clock, Steps
 
 Keep = Literal["device", "half"]
@@ -36,14 +37,14 @@ class Captured:
         """The activation of (layer, step): its default or chosen stream's first tensor, at the step's first call."""
         layer, step = key
         if layer not in self._streams:
-            raise HookError(f"layer {layer!r} was not captured: {', '.join(self._streams)}")
+            raise ProbekitError(f"layer {layer!r} was not captured: {', '.join(self._streams)}")
         site = self._known[layer].stream(self._streams[layer]).writes[0]
         return self._load(_key(site, step, 0))
 
     def read(self, site: Site, step: int, call: int, row: int) -> Tensor:
-        """One row at a site, shape (guidance branches, *the layer's shape). Raises HookError where nothing was kept."""
+        """One row at a site, shape (guidance branches, *the layer's shape). Raises ProbekitError where nothing was kept."""
         if row not in self.rows:
-            raise HookError(f"row {row} was not captured: rows {', '.join(map(str, self.rows))} were")
+            raise ProbekitError(f"row {row} was not captured: rows {', '.join(map(str, self.rows))} were")
         return self._load(_key(site, step, call))[:, self.rows.index(row)]
 
     @property
@@ -68,7 +69,7 @@ class Captured:
                 with safe_open(file, "pt") as store:
                     if key in store.keys():  # noqa: SIM118 (safe_open is no mapping)
                         return store.get_tensor(key)
-        raise HookError(f"nothing was captured at {key.split('@')[0]}, step {step}, call {call}")
+        raise ProbekitError(f"nothing was captured at {key.split('@')[0]}, step {step}, call {call}")
 
 
 def _key(site: Site, step: int, call: int) -> str:
@@ -92,18 +93,18 @@ def capture(
     patterns: layer names, globs or groups. rows: how many images the pipeline makes at once; keep_rows: which of them
     (all). to: `device` (as they are, where they are), `half` (float16, on the CPU) or a folder, into which one file a
     denoiser call is streamed: memory then never holds more than one call's activations. Hooks are removed on leaving,
-    also after an exception. Raises HookError for unknown layers, streams, rows and steps.
+    also after an exception. Raises ProbekitError for unknown layers, streams, rows and steps.
     """
     known = layers(denoiser)
     chosen = select(known, patterns)
     kept = range(rows) if keep_rows is None else keep_rows
     if outside := [r for r in kept if not 0 <= r < rows]:
-        raise HookError(f"row {outside[0]}: the batch has rows 0 to {rows - 1}")
+        raise ProbekitError(f"row {outside[0]}: the batch has rows 0 to {rows - 1}")
     folder = to if isinstance(to, Path) else None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise HookError(f"folder {str(folder)!r} is not empty: a capture needs one of its own")
+            raise ProbekitError(f"folder {str(folder)!r} is not empty: a capture needs one of its own")
     captured = Captured(known, {layer.name: stream for layer in chosen}, list(kept), folder)
     sites = {site for layer in chosen for site in layer.stream(stream).writes}
     clock = Clock(denoiser, schedule, rows)

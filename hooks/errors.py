@@ -1,5 +1,5 @@
 """The one error that means: the user can mend this."""
 
 
-class ProbekitError(Exception):
+class ProbekitError(ValueError):
     """Bad input, said in one line that names the option, the value and what would do."""

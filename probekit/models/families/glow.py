@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 from probekit.latents import LatentSpace
 from probekit.latents.space import Images
-from probekit.models import checkpoint
-from probekit.models.model import Model
+from probekit.models.formats import Format
+from probekit.models.model import Model, fixed
+from probekit.models.saved import rebuilt
 
 TEMPERATURE = 0.7  # of samples: rosinality's --temp
 IMAGE_SIZE = 64  # rosinality's --img_size, which its files do not hold
@@ -322,21 +323,15 @@ def nll(glow: Glow, images: Images, generator: torch.Generator, bits: int = 5) -
     return (math.log(bins) * dimensions - log_p - logdet).mean() / (math.log(2) * dimensions)
 
 
-_FIRST = "blocks.0.flows.0."
-
-
-def matches(state_keys: Iterable[str]) -> bool:
-    """Whether these are the names of a Glow's state dict, with `module.` before them or without."""
-    names = {key.removeprefix("module.") for key in state_keys}
-    return {f"{_FIRST}actnorm.loc", f"{_FIRST}coupling.net.0.weight"} <= names
+FIRST = "blocks.0.flows.0."
 
 
 def config_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The arguments of the Glow that a state dict is of. Raises ProbekitError where it is of none."""
     try:
-        channels = state[f"{_FIRST}actnorm.loc"].shape[1]
-        width = state[f"{_FIRST}coupling.net.0.weight"].shape[0]
-        out = state[f"{_FIRST}coupling.net.4.conv.weight"].shape[0]
+        channels = state[f"{FIRST}actnorm.loc"].shape[1]
+        width = state[f"{FIRST}coupling.net.0.weight"].shape[0]
+        out = state[f"{FIRST}coupling.net.4.conv.weight"].shape[0]
     except KeyError as error:
         raise ProbekitError(f"state dict: is no Glow, it has no {error.args[0]}") from error
     except IndexError as error:
@@ -352,17 +347,12 @@ def config_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "flows": flows,
         "blocks": blocks,
         "affine": out == channels,
-        "lu": f"{_FIRST}invconv.weight" not in state,
+        "lu": f"{FIRST}invconv.weight" not in state,
         "width": width,
     }
 
 
-def build(config: Mapping[str, Any]) -> Glow:
-    """An untrained Glow from what `config_of` gives."""
-    return Glow(**config)
-
-
-def model(network: Glow, name: str, image_size: int) -> Model:
+def as_model(network: Glow, name: str, image_size: int) -> Model:
     """The model with its spaces: `z`, the latents of all levels flattened and joined (All Roads), and `eps`, `z` normalised.
 
     Both hold an image of 3 * h * w pixels in as many values, first level first. eps = (z - mean) / sd by the learned priors, so
@@ -401,41 +391,25 @@ def model(network: Glow, name: str, image_size: int) -> Model:
 
     spaces = [
         LatentSpace(
-            name, "z", (sum(sizes),), "the latents of all levels, joined",
+            "z", (sum(sizes),), "the latents of all levels, joined",
             encoder=lambda images, generator: join(level.z for level in levels(images)),
             decoder=lambda latents: decode(latents, reconstruct=True),
             sampler=lambda n, generator: join(network.z_of(part(sample(n, generator)))),
         ),
         LatentSpace(
-            name, "eps", (sum(sizes),), "the latents of all levels, each normalised by its learned prior, joined",
+            "eps", (sum(sizes),), "the latents of all levels, each normalised by its learned prior, joined",
             encoder=lambda images, generator: join(level.eps for level in levels(images)),
             decoder=lambda latents: decode(latents, reconstruct=False),
             sampler=sample,
         ),
     ]  # fmt: skip
-    return Model(name, "glow", image_size, network, {space.name: space for space in spaces})
+    return Model(name, "glow", image_size, network, fixed(*spaces))
 
 
-def from_rosinality(content: Any, name: str) -> Model:
-    """The model that a `.pt` of rosinality's train.py holds, as checkpoint.read gave it; images are 64x64, its default.
-
-    Raises ProbekitError where the names or shapes are not those of a Glow.
-    """
-    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
-        raise ProbekitError(f"model {name!r}: a {type(content).__name__} that is no state dict")
-    state = checkpoint.tensors(content)
-    try:
-        config = config_of(state)
-        with torch.random.fork_rng(devices=[]):  # initial weights, soon overwritten, cost the caller no random numbers
-            network = cast(Glow, checkpoint.allow(lambda: build(config), state))
-    except ProbekitError as error:
-        raise ProbekitError(f"model {name!r}: {error}") from error
-    expected = network.state_dict()
-    if odd := sorted(expected.keys() ^ state.keys()):
-        said = "lacks" if odd[0] in expected else "has, beyond a Glow's weights,"
-        raise ProbekitError(f"model {name!r}: its state dict {said} {odd[0]} ({len(odd)} such names)")
-    for key, value in expected.items():
-        if state[key].shape != value.shape:
-            raise ProbekitError(f"model {name!r}: {key} has shape {tuple(state[key].shape)}, a Glow's is {tuple(value.shape)}")
-    network.load_state_dict(state)
-    return model(network, name, IMAGE_SIZE)
+FORMATS = (
+    Format(
+        "a Glow that probekit saved",
+        lambda place: place.saved_as("glow"),
+        lambda place: as_model(rebuilt(place, Glow, config_of), place.name, place.image_size),
+    ),
+)

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from probekit.hooks.errors import ProbekitError
+
 from probekit import __version__
-from probekit.errors import ProbekitError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +68,7 @@ class Run:
 
     def write(self, unit: str, rows: pd.DataFrame, images: Mapping[str, Tensor]) -> None:
         """Keep a finished unit: its pictures, (3, h, w) in [-1, 1] by name, then its rows."""
-        from probekit.report.images import save_png
+        from probekit.images import save_png
 
         with writing(self.folder):
             final, partial = self.folder / "images" / unit, self.folder / "images" / f"{unit}.partial"

@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 from probekit.latents import LatentSpace
 from probekit.models import hub
-from probekit.models.model import Model
+from probekit.models.formats import Format
+from probekit.models.model import Model, fixed
 
 _COMMITMENT = 0.25  # beta of the paper's equation 3
 
 
-def model(network: Any, name: str, image_size: int | None = None) -> Model:
+def as_model(network: Any, name: str, image_size: int | None = None) -> Model:
     """A diffusers `VQModel` with its spaces: `grid`, before quantization, which is All Roads' code, and `quantized`.
 
     image_size: height and width of the images, where they are not the config's sample_size: the network is convolutional,
@@ -51,22 +52,14 @@ def model(network: Any, name: str, image_size: int | None = None) -> Model:
         guide = latents if config.norm_type == "spatial" else None
         return network.decoder(network.post_quant_conv(latents), guide).float().cpu().clamp(-1, 1)
 
-    spaces = (
-        LatentSpace(
-            name, "grid", shape, "the latent grid before quantization", lambda images, _: grid(images).float().cpu(), decode
-        ),
-        LatentSpace(
-            name,
-            "quantized",
-            shape,
-            "the latent grid, every vector the nearest of the codebook",
-            lambda images, _: _nearest(network, grid(images))[0].float().cpu(),
-            decode_quantized,
-        ),
+    grids = LatentSpace(
+        "grid", shape, "the latent grid before quantization", lambda images, _: grid(images).float().cpu(), decode
     )
-    return Model(
-        name, "vqvae", size, network, {space.name: space for space in spaces}, at_size=lambda size: model(network, name, size)
-    )
+    quantized = LatentSpace(
+        "quantized", shape, "the latent grid, every vector the nearest of the codebook",
+        lambda images, _: _nearest(network, grid(images))[0].float().cpu(), decode_quantized,
+    )  # fmt: skip
+    return Model(name, "vqvae", size, network, fixed(grids, quantized), at_size=lambda size: as_model(network, name, size))
 
 
 def load_folder(path: str | Path, name: str) -> Model:
@@ -90,7 +83,14 @@ def load_folder(path: str | Path, name: str) -> Model:
         found.append(f"{part or 'it'} holds a {kind}")
     else:
         raise ProbekitError(f"model {name!r}: no VQModel in {str(path)!r} ({found[0]})")
-    return model(hub.load_part(VQModel, place, part, name), name)
+    return as_model(hub.load_part(VQModel, place, part, name), name)
+
+
+FORMATS = (
+    Format(
+        "a diffusers `VQModel`", lambda place: place.kind == "VQModel", lambda place: load_folder(place.at, place.name)
+    ),
+)
 
 
 def loss(vq: Any, images: Float[Tensor, "n 3 h w"], generator: torch.Generator) -> tuple[Float[Tensor, ""], dict[str, float]]:

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probekit.errors import ProbekitError
-from probekit.latents.space import LatentSpace, generator
+from probekit.hooks.errors import ProbekitError
+from probekit.latents.space import LatentSpace
+from probekit.seeds import named
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +52,7 @@ class Samples:
         drawn = torch.empty(len(numbers), *self.space.shape)
         for block in np.unique(numbers // _BLOCK).tolist():
             inside = torch.from_numpy(numbers // _BLOCK == block)
-            drawn[inside] = self.space.sample(_BLOCK, generator("samples", self.space.name, self.seed, block))[
+            drawn[inside] = self.space.sample(_BLOCK, named("samples", self.space.name, self.seed, block))[
                 numbers[inside.numpy()] % _BLOCK
             ]
         return drawn

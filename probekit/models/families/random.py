@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probekit.latents import LatentSpace
-from probekit.models.model import Model
+from probekit.models.model import Model, fixed
 
 
-def model(image_size: int, size: int = 512, name: str = "random") -> Model:
+def as_model(size: int = 512, name: str = "random") -> Model:
     """A model without a network. Its one space, `normal`, gives every image a standard normal vector of `size` values.
 
     The vector follows from the image's pixels alone, rounded to bytes: the same in any batch and process, and
@@ -26,8 +26,8 @@ def model(image_size: int, size: int = 512, name: str = "random") -> Model:
     def prior(n: int, generator: torch.Generator) -> Tensor:
         return torch.randn(n, size, generator=generator)
 
-    space = LatentSpace(name, "normal", (size,), "a fixed standard normal vector an image", encode, None, prior)
-    return Model(name, "random", image_size, None, {space.name: space})
+    space = LatentSpace("normal", (size,), "a fixed standard normal vector an image", encode, None, prior)
+    return Model(name, "random", None, None, fixed(space))
 
 
 def _vectors(images: Float[Tensor, "n 3 h w"], size: int) -> Float[Tensor, "n size"]:

@@ -9,25 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 from probekit.latents import LatentSpace
-from probekit.models.checkpoint import Foreign, allow, tensors
-from probekit.models.model import Model
-
-# our argument and the reference's name of it
-_STRINGS = {
-    "enc_blocks": "enc_block_str",
-    "enc_channels": "enc_channel_str",
-    "dec_blocks": "dec_block_str",
-    "dec_channels": "dec_channel_str",
-}
+from probekit.models.formats import Format
+from probekit.models.model import Model, fixed
+from probekit.models.saved import rebuilt
 
 
 class _ResBlock(nn.Module):
@@ -91,7 +84,7 @@ class VAE(nn.Module):
 
     def __init__(self, enc_blocks: str, enc_channels: str, dec_blocks: str, dec_channels: str, input_size: int) -> None:
         super().__init__()
-        down, up = _plan("enc_blocks", enc_blocks, "xdt"), _plan("dec_blocks", dec_blocks, "xut")
+        down, up = read_plan("enc_blocks", enc_blocks, "xdt"), read_plan("dec_blocks", dec_blocks, "xut")
         narrow, wide = _widths("enc_channels", enc_channels), _widths("dec_channels", dec_channels)
         for option, widths, plan in (("enc_channels", narrow, down), ("dec_channels", wide, up)):
             sizes = {1, *(size for _, size, _ in plan), *(number for kind, _, number in plan if kind == "t")}
@@ -141,7 +134,7 @@ def loss(
     return error + beta * divergence, {"squared_error": error.item(), "kl": divergence.item()}
 
 
-def model(network: VAE, name: str) -> Model:
+def as_model(network: VAE, name: str) -> Model:
     """The VAE with its spaces: `sample`, a draw from q(z|x), which is All Roads' code, and `mean`, the mean of q(z|x)."""
     place = next(network.parameters())
 
@@ -159,44 +152,19 @@ def model(network: VAE, name: str) -> Model:
         return _draw(*encode(images), generator)
 
     spaces = (
-        LatentSpace(name, "sample", (network.latent_dim,), "a sample of q(z|x)", drawn, decode, prior),
-        LatentSpace(
-            name, "mean", (network.latent_dim,), "the mean of q(z|x)", lambda images, _: encode(images)[0], decode, prior
-        ),
+        LatentSpace("sample", (network.latent_dim,), "a sample of q(z|x)", drawn, decode, prior),
+        LatentSpace("mean", (network.latent_dim,), "the mean of q(z|x)", lambda images, _: encode(images)[0], decode, prior),
     )
-    return Model(name, "vae", network.input_size, network, {space.name: space for space in spaces})
+    return Model(name, "vae", network.input_size, network, fixed(*spaces))
 
 
-def matches(content: Any) -> bool:
-    """Whether what `checkpoint.read` returned holds DiffuseVAE's VAE, in a checkpoint of either stage or as a bare state."""
-    return (
-        isinstance(content, Mapping)
-        and {"enc.in_conv.weight", "enc.mu.weight", "dec.last_conv.weight"} <= _state(content).keys()
-    )
-
-
-def from_diffusevae(content: Mapping[str, Any], name: str) -> Model:
-    """The model in a Lightning checkpoint of DiffuseVAE, or in a bare state dict, from what `checkpoint.read` returned.
-
-    The network's plan is taken from `hyper_parameters`, and where they lack it from the tensors (`config_of`). Raises
-    ProbekitError where neither tells it, or tensors are missing or have other shapes.
-    """
-    state = _state(content)
-    try:
-        config = _hyper_parameters(content) or config_of(state)
-        for option, kinds in (("enc_blocks", "xdt"), ("dec_blocks", "xut")):
-            if sum(number for kind, _, number in _plan(option, config[option], kinds) if kind == "x") > len(state):
-                raise ProbekitError(f"{option} {config[option][:80]!r}: has more blocks than the file has tensors")
-        network = cast(VAE, allow(lambda: VAE(**config), state))
-    except ProbekitError as error:
-        raise ProbekitError(f"model {name!r}: {error}") from error
-    planned = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in state.items()}
-    for key in sorted(planned.keys() | found.keys()):
-        if planned.get(key) != found.get(key):
-            raise ProbekitError(f"model {name!r}: tensor {key!r} is {found.get(key)}, its plan says {planned.get(key)}")
-    network.load_state_dict(state)
-    return model(network.eval(), name)
+FORMATS = (
+    Format(
+        "a VAE that probekit saved",
+        lambda place: place.saved_as("vae"),
+        lambda place: as_model(rebuilt(place, VAE, config_of), place.name),
+    ),
+)
 
 
 def config_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -240,7 +208,7 @@ def _draw(mean: Tensor, log_variance: Tensor, generator: torch.Generator) -> Ten
     return mean + (0.5 * log_variance).exp() * noise.to(mean)
 
 
-def _plan(option: str, blocks: str, kinds: str) -> list[tuple[str, int, int]]:
+def read_plan(option: str, blocks: str, kinds: str) -> list[tuple[str, int, int]]:
     """The steps as (kind, height, number): `64x3` is ("x", 64, 3), and `64` alone ("x", 64, 1)."""
     plan = []
     for step in blocks.split(","):
@@ -269,26 +237,6 @@ def _blocks(plan: list[tuple[str, int, int]], widths: Mapping[int, int]) -> nn.S
             repeats, rate = (number, 1) if kind == "x" else (1, number)
             blocks += [_ResBlock(widths[size], 3 if size > 1 else 1, rate) for _ in range(repeats)]
     return nn.Sequential(*blocks)
-
-
-def _state(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The VAE's tensors under its own names: of a checkpoint or a bare state, and out of a stage-2 model's, under `vae.`."""
-    held = content.get("state_dict", content)
-    state = tensors(held) if isinstance(held, Mapping) else {}
-    inner = {key.removeprefix("vae."): value for key, value in state.items() if key.startswith("vae.")}
-    return inner or state
-
-
-def _hyper_parameters(content: Mapping[str, Any]) -> dict[str, Any] | None:
-    held = content.get("hyper_parameters")
-    if isinstance(held, Foreign):  # Lightning's AttributeDict has items, a Namespace a state
-        held = held.items or held.state
-    if not isinstance(held, Mapping) or not all(isinstance(held.get(theirs), str) for theirs in _STRINGS.values()):
-        return None
-    config: dict[str, Any] = {ours: held[theirs] for ours, theirs in _STRINGS.items()}
-    size = held.get("input_res")
-    # without one: the encoder's first step begins at the height of the image
-    return config | {"input_size": size if isinstance(size, int) else _plan("enc_blocks", config["enc_blocks"], "xdt")[0][1]}
 
 
 def _kinds(state: Mapping[str, Tensor], part: str) -> str:

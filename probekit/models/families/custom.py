@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 from probekit.latents import LatentSpace
-from probekit.models.model import Model
+from probekit.models.model import Model, fixed
 
 
 def load_class(file: Path, class_name: str) -> Model:
@@ -64,13 +64,13 @@ def load_class(file: Path, class_name: str) -> Model:
         if ways["decode"]:
             checked("decode", one)
     space = LatentSpace(
-        where, "latent", tuple(one.shape[1:]), (found.__doc__ or "a model of one's own").strip().splitlines()[0],
+        "latent", tuple(one.shape[1:]), (found.__doc__ or "a model of one's own").strip().splitlines()[0],
         encoder=(lambda images, _: checked("encode", images)) if ways["encode"] else None,
         decoder=(lambda latents: checked("decode", latents).clamp(-1, 1)) if ways["decode"] else None,
         sampler=(lambda n, generator: checked("sample", n, generator)) if ways["sample"] else None,
     )  # fmt: skip
     source = hashlib.sha256(class_name.encode() + file.read_bytes()).hexdigest()
-    return Model(where, "custom", size, _weights(made), {"latent": space}, source=source)
+    return Model(where, "custom", size, _weights(made), fixed(space), source=source)
 
 
 def _weights(made: Any) -> nn.Module | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .layers import HookError
+from .errors import ProbekitError
 
 
 def trace(model: Any) -> Any:
@@ -33,5 +33,5 @@ def layer(traced: Any, name: str) -> Any:
         try:
             envoy = envoy[int(part)] if part.isdigit() else getattr(envoy, part)
         except (AttributeError, IndexError) as error:
-            raise HookError(f"no layer {name!r} in this model") from error
+            raise ProbekitError(f"no layer {name!r} in this model") from error
     return envoy

@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probekit.errors import ProbekitError
-from probekit.models.checkpoint import allow, tensors
+from probekit.hooks.errors import ProbekitError
+from probekit.models.families import pixels
+from probekit.models.formats import Format
+from probekit.models.model import Model
+from probekit.models.papers.checkpoint import allow, tensors
 
 # image sizes of the published models by their channel multipliers
 _IMAGE_SIZES = {
@@ -343,3 +346,19 @@ def _fill(
         raise ProbekitError(f"{kind}: tensor {left[0]!r} has no place in a U-Net of this kind")
     unet.load_state_dict(renamed, strict=True)
     return unet.float().eval()
+
+
+def as_model(content: Any, name: str) -> Model:
+    """The model in a file of either, its timesteps told as the network learned them."""
+    scheduler = published_scheduler(content)
+    unet = from_ermon(content) if is_ermon(content) else from_openai(content)
+    return pixels.as_model(unet, scheduler, name, told=1000 / scheduler.config.num_train_timesteps)
+
+
+FORMATS = (
+    Format(
+        "`.ckpt` of ermongroup's ddim, `.pt` of OpenAI's improved and guided diffusion",
+        lambda place: place.is_file and (is_ermon(place.content) or is_openai(place.content)),
+        lambda place: as_model(place.content, place.name),
+    ),
+)

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .inject import Injection, inject
-from .layers import HookError
+from .errors import ProbekitError
+from .injections import Injection, inject
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,11 +23,11 @@ class Swept:
 
 
 def denoiser(pipeline: Any) -> nn.Module:
-    """The U-Net or transformer of a diffusers pipeline. Raises HookError when it has neither."""
+    """The U-Net or transformer of a diffusers pipeline. Raises ProbekitError when it has neither."""
     for name in ("unet", "transformer"):
         if isinstance(found := getattr(pipeline, name, None), nn.Module):
             return found
-    raise HookError(f"{type(pipeline).__name__} has neither a unet nor a transformer")
+    raise ProbekitError(f"{type(pipeline).__name__} has neither a unet nor a transformer")
 
 
 def sweep(
@@ -52,7 +52,7 @@ def sweep(
     """
     size = len(rules) + 1 if batch_size is None else batch_size
     if size < 2:
-        raise HookError(f"batch size {size}: a sweep needs at least 2 rows, E and one copy of O")
+        raise ProbekitError(f"batch size {size}: a sweep needs at least 2 rows, E and one copy of O")
     picture_of_e: Tensor | None = None
     images: list[Tensor] = []
     for start in range(0, max(len(rules), 1), size - 1):
@@ -73,13 +73,13 @@ def stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     stacked: dict[str, Any] = {}
     for row in rows[1:]:
         if differ := sorted(set(row) ^ set(rows[0])):
-            raise HookError(f"original and edit must have the same arguments: only one of them has {', '.join(differ)}")
+            raise ProbekitError(f"original and edit must have the same arguments: only one of them has {', '.join(differ)}")
     for key in rows[0]:
         values = [row[key] for row in rows]
         if isinstance(values[0], Tensor):
             shapes = {tuple(v.shape[1:]) for v in values}
             if len(shapes) > 1:
-                raise HookError(f"{key} of original and edit differ in shape: {' and '.join(map(str, sorted(shapes)))}")
+                raise ProbekitError(f"{key} of original and edit differ in shape: {' and '.join(map(str, sorted(shapes)))}")
             stacked[key] = torch.cat(values)
         elif isinstance(values[0], torch.Generator):
             stacked[key] = [_copy(generator) for generator in values]

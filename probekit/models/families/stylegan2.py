@@ -10,26 +10,27 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from probekit.errors import ProbekitError
+from probekit.hooks.errors import ProbekitError
 from probekit.latents import LatentSpace
 from probekit.latents.space import Images
-from probekit.models.checkpoint import Foreign, allow
-from probekit.models.model import Model
+from probekit.models.formats import Format
+from probekit.models.model import Model, fixed
+from probekit.models.saved import rebuilt
 
 Noise = Literal["const", "none", "random"]
 Ws = Float[Tensor, "n num_ws w_dim"]
 Maps = Float[Tensor, "n c h w"]
 
-_MAPPING_RATE = 0.01  # the mapping network learns at a hundredth of the rate
+MAPPING_RATE = 0.01  # the mapping network learns at a hundredth of the rate
 _W_AVG_DECAY = 0.995
-_CLAMP = 256.0  # what stylegan2-ada's train.py always sets
+CLAMP = 256.0  # what stylegan2-ada's train.py always sets
 
 
 def _low_pass() -> Float[Tensor, "4 4"]:
@@ -88,7 +89,7 @@ class MappingNetwork(nn.Module):
         super().__init__()
         self.z_dim, self.num_ws = z_dim, num_ws
         for i in range(layers):
-            self.add_module(f"fc{i}", _Linear(w_dim if i else z_dim, w_dim, rate=_MAPPING_RATE))
+            self.add_module(f"fc{i}", _Linear(w_dim if i else z_dim, w_dim, rate=MAPPING_RATE))
         self.register_buffer("w_avg", torch.zeros(w_dim))
 
     def forward(self, z: Float[Tensor, "n z_dim"], truncation: float = 1.0) -> Ws:
@@ -226,7 +227,7 @@ class Generator(nn.Module):
         image_size: int,
         mapping_layers: int,
         channels: Sequence[int],
-        conv_clamp: float | None = _CLAMP,
+        conv_clamp: float | None = CLAMP,
         c_dim: int = 0,
     ) -> None:
         super().__init__()
@@ -350,7 +351,7 @@ def config_of(state: Mapping[str, Any]) -> dict[str, Any]:
         "image_size": sizes[-1],
         "mapping_layers": sum(re.fullmatch(r"mapping\.fc\d+\.weight", key) is not None for key in state),
         "channels": [_shape(state, f"synthesis.b{size}.conv1.weight", 4)[0] for size in sizes],
-        "conv_clamp": _CLAMP,
+        "conv_clamp": CLAMP,
         "c_dim": 0,
     }
 
@@ -362,12 +363,7 @@ def _shape(state: Mapping[str, Any], key: str, dimensions: int) -> tuple[int, ..
     return tuple(value.shape)
 
 
-def build(config: Mapping[str, Any]) -> Generator:
-    """A generator with random weights. config: what `config_of` gives."""
-    return Generator(**config)
-
-
-def model(network: Generator, name: str) -> Model:
+def as_model(network: Generator, name: str) -> Model:
     """The spaces `w`, `z` and `w+` of a generator, which is put into evaluation mode. None can encode.
 
     Noise is 'const' and truncation 1, so that a latent means one image. Images are clipped to [-1, 1].
@@ -387,17 +383,17 @@ def model(network: Generator, name: str) -> Model:
         return network.synthesis(ws.to(network.mapping.w_avg)).clamp(-1, 1).cpu()
 
     w = LatentSpace(
-        name, "w", (network.w_dim,), "the style, one for all layers",
+        "w", (network.w_dim,), "the style, one for all layers",
         decoder=lambda w: images_of(w.unsqueeze(1).expand(-1, network.num_ws, -1)), sampler=lambda n, g: draw_ws(n, g)[:, 0],
     )  # fmt: skip
     z = LatentSpace(
-        name, "z", (network.z_dim,), "normal noise, the mapping network's input",
+        "z", (network.z_dim,), "normal noise, the mapping network's input",
         decoder=lambda z: images_of(map_z(z)), sampler=draw_z,
     )  # fmt: skip
     each = LatentSpace(
-        name, "w+", (network.num_ws, network.w_dim), "the styles, one for each layer", decoder=images_of, sampler=draw_ws
+        "w+", (network.num_ws, network.w_dim), "the styles, one for each layer", decoder=images_of, sampler=draw_ws
     )
-    return Model(name, "stylegan2", network.image_size, network, {space.name: space for space in (w, z, each)})
+    return Model(name, "stylegan2", network.image_size, network, fixed(w, z, each))
 
 
 @torch.no_grad()
@@ -416,93 +412,15 @@ def _draw(network: Generator, n: int, generator: torch.Generator) -> Float[Tenso
     return torch.randn(n, network.z_dim, generator=generator, device=generator.device)
 
 
-# stylegan2-ada pickles every module as a call of this, with the source of the module's class among the arguments. The
-# source is text to us and stays so: the class is above, the file gives its data.
-_PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
+FORMATS = (
+    Format(
+        "a StyleGAN2 generator that probekit saved, or a state dict of one",
+        lambda place: place.saved_as("stylegan2") or (place.is_file and is_state(place.content)),
+        lambda place: as_model(rebuilt(place, Generator, config_of), place.name),
+    ),
+)
 
 
-def matches(content: Any) -> bool:
-    """Whether the content of a file, as `checkpoint.read` gives it, is StyleGAN2's: stylegan2-ada's pickle or a state dict."""
-    if not isinstance(content, Mapping):
-        return False
-    if "G_ema" not in content:
-        return "synthesis.b4.const" in content and "mapping.w_avg" in content
-    try:
-        return "b4" in _part(_module(content["G_ema"], "synthesis"), "_modules")
-    except ProbekitError:
-        return False
-
-
-def from_ada(content: Mapping[str, Any], name: str) -> Model:
-    """The model in a stylegan2-ada `.pkl`, from what `checkpoint.read` gave for it: the averaged generator, 'G_ema'.
-
-    Raises ProbekitError, in one line, for a file without such a generator, for a conditional one, and for options of the
-    reference that would make other images than `Generator` does.
-    """
-    try:
-        if not isinstance(content, Mapping) or "G_ema" not in content:
-            raise ProbekitError("is no stylegan2-ada pickle, it has no 'G_ema'")
-        generator = content["G_ema"]
-        layer = _module(generator, "synthesis", "b4", "conv1")
-        fully_connected = _module(generator, "mapping", "fc0")
-        for fields, option, known in (
-            (layer, "activation", "lrelu"),
-            (fully_connected, "activation", "lrelu"),
-            (fully_connected, "bias_gain", _MAPPING_RATE),
-        ):
-            value = fields.get(option, known)
-            if not isinstance(value, type(known)) or value != known:
-                raise ProbekitError(f"its {option} is not {known!r}, which alone is supported")
-        clamp = layer.get("conv_clamp", _CLAMP)
-        if clamp is not None and not isinstance(clamp, int | float):
-            raise ProbekitError(f"its conv_clamp is of type {type(clamp).__name__}, a number or None is expected")
-        state = dict(_tensors(generator))
-        network = cast(Generator, allow(lambda: build(config_of(state) | {"conv_clamp": clamp}), state))
-        _load(network, state)
-    except ProbekitError as error:
-        raise ProbekitError(f"model {name!r}: {error}") from error
-    return model(network, name)
-
-
-def _load(network: Generator, state: Mapping[str, Tensor]) -> None:
-    """load_state_dict, which must fit exactly, with an error of one line."""
-    wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in state.items()}
-    for key in sorted(wanted.keys() | found.keys()):
-        if wanted.get(key) != found.get(key):
-            has, needs = found.get(key, "none"), wanted.get(key, "none")
-            raise ProbekitError(f"StyleGAN2 weights: {key} has shape {has}, a generator of this size needs {needs}")
-    network.load_state_dict(dict(state))
-
-
-def _module(item: Any, *path: str) -> Mapping[str, Any]:
-    """The `__dict__` of a pickled module, or of its child at the path."""
-    meta = item.arguments[0] if isinstance(item, Foreign) and item.name == _PERSISTENT and item.arguments else None
-    fields = meta.get("state") if isinstance(meta, Mapping) else None
-    if not isinstance(fields, Mapping):
-        raise ProbekitError("'G_ema' is no generator that stylegan2-ada pickled")
-    if not path:
-        return fields
-    children = _part(fields, "_modules")
-    if path[0] not in children:
-        raise ProbekitError(f"'G_ema' is no StyleGAN2 generator, it has no module {path[0]!r}")
-    return _module(children[path[0]], *path[1:])
-
-
-def _part(fields: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    part = fields.get(key)
-    if not isinstance(part, Mapping):
-        raise ProbekitError(f"'G_ema' holds a module without {key}")
-    return part
-
-
-def _tensors(item: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The state dict of a pickled module."""
-    if prefix.count(".") > 4:  # synthesis.b4.conv1.affine. is the deepest there is; a made-up file may hold itself
-        raise ProbekitError(f"'G_ema' is no StyleGAN2 generator, it has a module {prefix!r}")
-    fields = _module(item)
-    for kind in ("_parameters", "_buffers"):
-        yield from ((f"{prefix}{key}", value) for key, value in _part(fields, kind).items() if isinstance(value, Tensor))
-    for key, child in _part(fields, "_modules").items():
-        if child is not None:
-            yield from _tensors(child, f"{prefix}{key}.")
+def is_state(content: Any) -> bool:
+    """Whether the content of a file is a generator's state dict."""
+    return isinstance(content, Mapping) and "synthesis.b4.const" in content and "mapping.w_avg" in content

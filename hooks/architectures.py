@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .errors import ProbekitError
+
 Kind = Literal["resnet", "attention", "block", "mid", "conv", "sampler", "projection"]
 
 GROUPS: dict[str, tuple[Kind, ...]] = {
@@ -34,10 +36,6 @@ GROUPS: dict[str, tuple[Kind, ...]] = {
     "@all": ("resnet", "attention", "block", "mid", "conv", "sampler", "projection"),
 }
 """Names that select layers by kind."""
-
-
-class HookError(ValueError):
-    """Something the caller can mend, said in one line."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +69,11 @@ class Layer:
     streams: Mapping[str, Stream] = field(repr=False, compare=False)
 
     def stream(self, name: str | None = None) -> Stream:
-        """The stream of that name, or the default one. Raises HookError when the layer has no such stream."""
+        """The stream of that name, or the default one. Raises ProbekitError when the layer has no such stream."""
         if name is None:
             return next(iter(self.streams.values()))
         if name not in self.streams:
-            raise HookError(f"stream {name!r} of layer {self.name}: it has {', '.join(self.streams)}")
+            raise ProbekitError(f"stream {name!r} of layer {self.name}: it has {', '.join(self.streams)}")
         return self.streams[name]
 
 
@@ -83,12 +81,12 @@ def layers(model: nn.Module) -> list[Layer]:
     """Every layer of a denoiser in execution order.
 
     Knows `UNet2DConditionModel`, `UNet2DModel` and whatever is built of their blocks, SD3 and Flux with their two streams,
-    and takes any other model that holds stacks of transformer blocks. Raises HookError where there is neither.
+    and takes any other model that holds stacks of transformer blocks. Raises ProbekitError where there is neither.
     """
     is_unet = hasattr(model, "down_blocks") and hasattr(model, "up_blocks")
     found = list(_unet(model) if is_unet else _transformer(model))
     if not found:
-        raise HookError(f"{type(model).__name__} has neither U-Net blocks nor a stack of transformer blocks")
+        raise ProbekitError(f"{type(model).__name__} has neither U-Net blocks nor a stack of transformer blocks")
     return [Layer(name, order, kind, streams) for order, (name, kind, streams) in enumerate(found)]
 
 
@@ -100,14 +98,14 @@ def default_layers(model: nn.Module) -> tuple[str, ...]:
 def select(available: Sequence[Layer], patterns: Iterable[str]) -> list[Layer]:
     """The layers that match any of the patterns, in execution order.
 
-    A pattern is a name, a glob (`up_blocks.*.attentions.*`) or one of `GROUPS`. Raises HookError for a pattern that
+    A pattern is a name, a glob (`up_blocks.*.attentions.*`) or one of `GROUPS`. Raises ProbekitError for a pattern that
     matches nothing, with the names nearest to it.
     """
     chosen: set[str] = set()
     for pattern in patterns:
         if pattern.startswith("@"):
             if pattern not in GROUPS:
-                raise HookError(f"layer group {pattern!r}: choose from {', '.join(GROUPS)}")
+                raise ProbekitError(f"layer group {pattern!r}: choose from {', '.join(GROUPS)}")
             matches = {layer.name for layer in available if layer.kind in GROUPS[pattern]}
         else:
             matches = {layer.name for layer in available if fnmatch.fnmatchcase(layer.name, pattern)}
@@ -118,7 +116,7 @@ def select(available: Sequence[Layer], patterns: Iterable[str]) -> list[Layer]:
                 if near
                 else f"there are {', '.join(sorted({la.kind for la in available}))} layers"
             )
-            raise HookError(f"no layer {pattern!r} in this model ({hint})")
+            raise ProbekitError(f"no layer {pattern!r} in this model ({hint})")
         chosen |= matches
     return [layer for layer in available if layer.name in chosen]
 
@@ -133,7 +131,7 @@ def read(value: Any, path: Sequence[int | str] = ()) -> Tensor:
     if not isinstance(value, Tensor):
         tensors = [item for item in (value.values() if isinstance(value, dict) else value) if isinstance(item, Tensor)]
         if len(tensors) != 1:
-            raise HookError(f"a layer returned {len(tensors)} tensors, and which carries the image is not known for this model")
+            raise ProbekitError(f"a layer returned {len(tensors)} tensors, and which carries the image is not known for this model")
         value = tensors[0]
     return value
 
@@ -294,13 +292,13 @@ def output_shapes(model: nn.Module, chosen: Sequence[Layer], run: Callable[[], A
 
 
 def attach(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The modules of those names. Raises HookError for a compiled model, which ignores hooks added after compilation."""
+    """The modules of those names. Raises ProbekitError for a compiled model, which ignores hooks added after compilation."""
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-        raise HookError(f"a compiled {type(model._orig_mod).__name__} ignores hooks: pass it as it was before torch.compile")
+        raise ProbekitError(f"a compiled {type(model._orig_mod).__name__} ignores hooks: pass it as it was before torch.compile")
     modules = {name: model.get_submodule(name) for name in names}
     for module in (model, *modules.values()):
         if getattr(module, "_compiled_call_impl", None) is not None:
-            raise HookError(f"a compiled {type(module).__name__} ignores hooks: load the model without compiling it")
+            raise ProbekitError(f"a compiled {type(module).__name__} ignores hooks: load the model without compiling it")
     return modules
 
 

@@ -1,0 +1,84 @@
+"""The readers: small CNNs that read every attribute of a drawn picture off it, and so judge what models paint."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from probekit.bundled import weights
+from probekit.data import avatars
+from probekit.data.scenes import VALUES
+
+
+class SceneReader(nn.Module):
+    """Logits for every attribute in `VALUES`, from images in [-1, 1] of 64x64 pixels (others are resized)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 32, 64, 128, 128)
+        layers: list[nn.Module] = []
+        for i, (inner, outer) in enumerate(itertools.pairwise(widths)):
+            layers += [nn.Conv2d(inner, outer, 3, stride=2 if i < 3 else 1, padding=1), nn.GroupNorm(8, outer), nn.SiLU()]
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 8 * 8, 256), nn.SiLU())
+        self.heads = nn.ModuleDict({a: nn.Linear(256, len(values)) for a, values in VALUES.items()})
+
+    def forward(self, images: Float[Tensor, "n 3 h w"]) -> dict[str, Float[Tensor, "n values"]]:
+        """Logits of every attribute's values."""
+        if images.shape[-2:] != (64, 64):
+            images = F.interpolate(images, (64, 64), mode="bilinear", antialias=True)
+        features = self.features(images)
+        return {a: head(features) for a, head in self.heads.items()}
+
+    @torch.no_grad()
+    def read(self, images: Float[Tensor, "n 3 h w"]) -> dict[str, Int[Tensor, " n"]]:
+        """The index of the value seen, for each attribute of each image."""
+        return {a: logits.argmax(1) for a, logits in self(images).items()}
+
+
+class AvatarReader(nn.Module):
+    """One logit for every attribute in `avatars.ATTRIBUTES`, from images in [-1, 1] of 32x32 pixels (others are resized)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i, (inner, outer) in enumerate(itertools.pairwise((3, 32, 64, 96))):
+            layers += [nn.Conv2d(inner, outer, 3, padding=1, stride=1 if i == 0 else 2), nn.GroupNorm(8, outer), nn.SiLU()]
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 8 * 8, 128), nn.SiLU())
+        self.head = nn.Linear(128, len(avatars.ATTRIBUTES))
+
+    def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n attributes"]:
+        """Logits."""
+        if images.shape[-2:] != (avatars.IMAGE_SIZE, avatars.IMAGE_SIZE):
+            images = F.interpolate(images, (avatars.IMAGE_SIZE, avatars.IMAGE_SIZE), mode="bilinear", antialias=True)
+        return self.head(self.features(images))
+
+    @torch.no_grad()
+    def read(self, images: Float[Tensor, "n 3 h w"]) -> Bool[Tensor, "n attributes"]:
+        """Which attributes are seen in each image."""
+        return self(images) > 0
+
+
+@functools.cache
+def scene_reader() -> SceneReader:
+    """The trained reader of scenes, float32, on the CPU."""
+    reader = SceneReader()
+    reader.load_state_dict(_stored("scene-reader"))
+    return reader.eval()
+
+
+@functools.cache
+def avatar_reader() -> AvatarReader:
+    """The trained reader of avatars, float32, on the CPU."""
+    reader = AvatarReader()
+    reader.load_state_dict(_stored("avatar-reader"))
+    return reader.eval()
+
+
+def _stored(name: str) -> dict[str, Tensor]:
+    return {key: value.float() for key, value in load_file(weights(name) / "model.safetensors").items()}

@@ -1,0 +1,115 @@
+"""Text-to-image pipelines of diffusers: any whose denoiser is a U-Net of diffusers' blocks or a stack of transformer blocks."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from probekit import hooks
+from probekit.bundled import GUIDANCE
+from probekit.hooks.errors import ProbekitError
+from probekit.models import hub
+from probekit.models.formats import Format
+from probekit.models.model import Condition, Maker, Model
+from probekit.models.painter import Painter
+from probekit.models.spaces import denoiser_spaces
+from probekit.sampling import Denoiser, Diffusion, denoisers
+
+
+def as_model(pipeline: Any, name: str) -> Model:
+    """A diffusers text-to-image pipeline, with the spaces of a denoiser and those of captions.
+
+    The spaces of noise and images are under the empty caption without guidance, `Model.conditioned` gives others; those of
+    captions are painted at the pipeline's own guidance scale. A pipeline without a VAE of its own has no spaces.
+    """
+    defaults = {"guidance_scale": GUIDANCE[name]} if name in GUIDANCE else {}
+    painter = Painter(pipeline, name, defaults)
+    network = nn.ModuleDict({part: module for part, module in sorted(pipeline.components.items()) if isinstance(module, nn.Module)})
+    return _under(Condition(), painter, network)
+
+
+def _under(condition: Condition, painter: Painter, network: nn.Module) -> Model:
+    name, pipeline = painter.name, painter.pipeline
+    if condition.label is not None:
+        raise ProbekitError(f"--label {condition.label}: model {name!r} has no classes; give a --prompt")
+    if condition.guidance is not None:
+        painter.check_guidance(condition.guidance)
+    diffusion, makers = None, dict[str, Maker]()
+    if getattr(pipeline, "vae", None) is not None:
+        diffusion = _diffusion(painter, condition)
+        makers = denoiser_spaces(diffusion, painter, condition.guidance)
+    return Model(
+        name, "text-to-image", diffusion.image_size if diffusion else None, network, makers, process=diffusion, paints=painter,
+        on=lambda other: _under(other, painter, network),
+    )  # fmt: skip
+
+
+def _diffusion(painter: Painter, condition: Condition) -> Diffusion:
+    """What is sampled and inverted with one caption; images are of the size that the model was trained for."""
+    pipeline, vae = painter.pipeline, painter.pipeline.vae
+    network = hooks.denoiser(pipeline)
+    config: Any = network.config
+    prompt, guidance = condition.prompt or "", 1.0 if condition.guidance is None else condition.guidance
+    scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+    packs = painter.kind == "FluxPipeline"  # into tokens of 2x2 latents
+    side = pipeline.default_sample_size if packs else config.sample_size
+    size, channels = side * pipeline.vae_scale_factor, vae.config.latent_channels
+    shape = (side // 2 * (side // 2), 4 * channels) if packs else (channels, side, side)
+
+    def encode(images: Tensor) -> Tensor:
+        states = (vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean - shift) * scale
+        return pipeline._pack_latents(states, len(states), channels, side, side) if packs else states
+
+    def decode(states: Tensor) -> Tensor:
+        states = states.to(vae.device, vae.dtype)
+        if packs:
+            states = pipeline._unpack_latents(states, size, size, pipeline.vae_scale_factor)
+        return vae.decode(states / scale + shift, return_dict=False)[0]
+
+    options = {key: value for key, value in painter.defaults.items() if key != "guidance_scale"}
+
+    @functools.cache
+    def predict(rows: int) -> Denoiser:
+        return denoisers.captioned(pipeline, [painter.row(prompt, 0)] * rows, guidance, **options)
+
+    return Diffusion(
+        painter.name, size, shape, pipeline.scheduler, network, predict, encode, decode, tokens=shape[0] if packs else None,
+        condition={"prompt": prompt, "guidance": guidance},
+    )  # fmt: skip
+
+
+def load_pipeline(path: str | Path, name: str, device: torch.device, dtype: str = "auto") -> Model:
+    """Load what `save_pretrained` wrote, or a hub id. Raises ProbekitError, in one line, where that fails."""
+    from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+
+    hub.hush()
+    try:
+        index = DiffusionPipeline.load_config(str(path))
+        chosen = hub.precision(dtype, device, transformer="transformer" in index)
+        # a Kandinsky decoder becomes text-to-image with its prior; what has no such family is loaded as it is
+        known = index["_class_name"].startswith("Kandinsky")
+        loader = AutoPipelineForText2Image if known else DiffusionPipeline
+        pipeline = loader.from_pretrained(str(path), dtype=chosen)
+    except ProbekitError:
+        raise
+    except Exception as error:  # diffusers, safetensors and the hub raise a dozen kinds
+        reason = " ".join(str(error).split())[:200]
+        raise ProbekitError(f"model {name!r}: could not be loaded ({type(error).__name__}: {reason})") from error
+    try:
+        hooks.denoiser(pipeline)
+    except ProbekitError as error:
+        raise ProbekitError(f"model {name!r}: {error}") from error
+    return as_model(pipeline.to(device), name)
+
+
+FORMATS = (
+    Format(
+        "a diffusers text-to-image pipeline",
+        lambda place: place.is_pipeline,
+        lambda place: load_pipeline(place.at, place.name, place.device, place.dtype),
+    ),
+)
