@@ -1,1 +1,33 @@
-"""One module an experiment, each with its own command."""
+"""The experiments: one module each, with a frozen config that plans its units, does one, and tells what came out."""
+
+from __future__ import annotations
+
+import importlib
+
+EXPERIMENTS = {
+    # "inject-sweep": "inject_sweep:InjectSweep",
+    # "stitch-run": "stitch_run:StitchRun",
+    # "stitch-edit": "stitch_edit:StitchEdit",
+    # "probe-run": "probe_run:ProbeRun",
+    # "dynamics-flow": "dynamics_flow:DynamicsFlow",
+    # "dynamics-diffusion": "dynamics_diffusion:DynamicsDiffusion",
+    # "invert-run": "invert_run:InvertRun",
+    # "invert-trajectory": "invert_trajectory:InvertTrajectory",
+    # "invert-interpolate": "invert_interpolate:InvertInterpolate",
+    "noise-map-run": "noise_map_run:NoiseMapRun",
+}
+"""By the name of the command and of the runs' folder: the module and its class."""
+
+
+def find(name: str) -> type:
+    """The class of the experiment of that name. Raises KeyError where there is none."""
+    module, _, found = EXPERIMENTS[name].partition(":")
+    return getattr(importlib.import_module(f"probekit.experiments.{module}"), found)
+
+
+def __getattr__(name: str) -> type:
+    # every experiment by its class, without the import of the others
+    for key, place in EXPERIMENTS.items():
+        if place.endswith(f":{name}"):
+            return find(key)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,76 +1,85 @@
-"""What the experiments on noise and samples share: their options, the model, and its samples from numbered noises."""
+"""What the experiments on noise and samples share: the model with its condition, and its samples from numbered noises."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from probekit.hooks.errors import ProbekitError
+from probekit.runs.experiment import Bench, Experiment, Unit, Work
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
-    from probekit.runs import Run
-    from probekit.sampling import Denoiser, Diffusion
+    from probekit.models import Model
+    from probekit.sampling import Diffusion
 
-MODEL = "avatar-ddpm"
-ModelName = Annotated[str, typer.Option("--model", help="A bundled model, a folder, a hub id, or one of the papers' files.")]
-Prompt = Annotated[str | None, typer.Option(help="The caption of a text-to-image model's images.")]
-Label = Annotated[int | None, typer.Option(min=0, help="The class of a DiT's images, by its number.")]
-Guidance = Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 is none, and inversion likes none.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16; text-to-image models only.")]
-BatchSize = Annotated[int, typer.Option(min=1, max=64, help="How many pictures go through the model at a time.")]
+BLOCK = 64
+"""Noises that a unit of samples starts from."""
 
 
-@dataclass(frozen=True, eq=False)
-class Denoising:
-    """A model that takes part, and the options that say which one it is."""
+@dataclass(frozen=True, kw_only=True)
+class Denoising(Experiment):
+    """An experiment on a model that makes images from noise step by step."""
 
-    diffusion: Diffusion
-    options: dict[str, Any]
-    batch_size: int
+    model: Annotated[str, typer.Option(help="A bundled model, a folder, a hub id, or one of the papers' files.")] = "avatar-ddpm"
+    prompt: Annotated[str | None, typer.Option(help="The caption of a text-to-image model's images.")] = None
+    label: Annotated[int | None, typer.Option(min=0, help="The class of a DiT's images, by its number.")] = None
+    guidance: Annotated[
+        float, typer.Option(min=0, help="Classifier-free guidance; 1 is none, and inversion likes none.")
+    ] = 1.0
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of noise, samples and bootstrap.")] = 0
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16; text-to-image models only.")] = "auto"
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=64, help="How many pictures go through the model at a time.")
+    ] = dataclasses.field(default=32, compare=False)
 
-    def walk(self, states: Tensor, way: Callable[[Denoiser, Tensor], Tensor]) -> Tensor:
-        """`way` from states to states, `batch_size` rows at a time; on the CPU."""
+    @property
+    def subject(self) -> str:
+        """The model's name."""
+        return Path(self.model).name
+
+    @functools.cached_property
+    def loaded(self) -> Model:
+        """The model under its condition. Raises ProbekitError as `probekit.load` and `Model.conditioned`."""
+        from probekit.models import load
+
+        model = load(self.model, device=self.device, dtype=self.dtype)
+        return model.conditioned(prompt=self.prompt, label=self.label, guidance=self.guidance)
+
+    @property
+    def diffusion(self) -> Diffusion:
+        """How its noise becomes images and back. Raises ProbekitError for a model that does not go step by step."""
+        return self.loaded.diffusion
+
+    def of_model(self) -> dict[str, Any]:
+        """The fingerprint of the model and of what its images are of."""
+        return {"model_digest": self.loaded.digest, "made_of": self.diffusion.made_of}
+
+    def sample_units(self, steps: int, n: int) -> list[Unit]:
+        """The units of samples from noises 0 … n - 1 in that many steps: arrays `noise` and `states`, no rows."""
+        return [Unit(f"samples-{steps}-{start:07d}", min(BLOCK, n - start)) for start in range(0, n, BLOCK)]
+
+    def sample_work(self, unit: Unit, bench: Bench) -> Work:
+        """One of `sample_units`."""
         import torch
 
-        parts = torch.split(states, self.batch_size)
-        return torch.cat([way(self.diffusion.denoiser(len(part)), part).cpu() for part in parts])
+        from probekit.sampling import sample
 
-
-def load(
-    model: str, device: str, dtype: str, prompt: str | None = None, label: int | None = None, guidance: float = 1.0,
-    batch_size: int = 32,
-) -> Denoising:  # fmt: skip
-    """The model, ready to sample. Raises ProbekitError as `probekit.models.load_diffusion`."""
-    from probekit.models import Model, load_diffusion
-
-    loaded, diffusion = load_diffusion(model, device=device, dtype=dtype, prompt=prompt, label=label, guidance=guidance)
-    network: Any = loaded.network if isinstance(loaded, Model) else loaded.denoiser
-    precision = str(next(network.parameters()).dtype).removeprefix("torch.")
-    options = {"model": model, "model_digest": loaded.digest, "dtype": precision, "prompt": prompt, "label": label,
-               "guidance": guidance}  # fmt: skip
-    return Denoising(diffusion, options, batch_size)
-
-
-def samples(
-    opened: Run, name: str, denoising: Denoising, steps: int, n: int, seed: int, on_block: Callable[[int], None]
-) -> np.ndarray:
-    """What noises 0 … n - 1 of a seed become in `steps` steps, (n, *shape), kept among the run's states under that name."""
-    from probekit.sampling import sample
-
-    diffusion, schedule = denoising.diffusion, denoising.diffusion.schedule(steps)
-
-    def make(rows: range) -> Tensor:
-        noise = diffusion.noise(rows, seed)
-        return denoising.walk(noise, lambda denoiser, part: sample(denoiser, part, schedule).end)
-
-    return opened.states(name, n, diffusion.shape, make, on_block)
+        _, steps, start = unit.name.split("-")
+        schedule, diffusion = self.diffusion.schedule(int(steps)), self.diffusion
+        noise = diffusion.noise(range(int(start), int(start) + unit.size), self.seed)
+        made = []
+        for part in torch.split(noise, self.batch_size):
+            made.append(diffusion.walk(part, lambda denoiser, states: sample(denoiser, states, schedule).end, self.batch_size))
+            bench.advance(len(part))
+        return Work(arrays={"noise": noise.numpy(), "states": torch.cat(made).numpy()})
 
 
 def step_counts(text: str) -> list[int]:
@@ -81,12 +90,6 @@ def step_counts(text: str) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
-def as_picture(states: Tensor) -> Tensor:
-    """States of unit variance as pictures (n, 3, h, w) in [-1, 1], which are three standard deviations: the first channels.
-
-    Fewer channels are repeated; tokens (n, tokens, c), Flux's, are laid out as a square.
-    """
-    if states.ndim == 3:
-        side = math.isqrt(states.shape[1])
-        states = states[:, : side * side].mT.reshape(len(states), -1, side, side)
-    return (states[:, [min(channel, states.shape[1] - 1) for channel in range(3)]] / 3).clamp(-1, 1)
+def numbered(prefix: str, pictures: Tensor | Sequence[Tensor], first: int = 0) -> dict[str, Tensor]:
+    """Pictures by names such as `sample-0`."""
+    return {f"{prefix}-{first + i}": picture for i, picture in enumerate(pictures)}

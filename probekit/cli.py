@@ -1,16 +1,21 @@
-"""The command line: one app an experiment, and what looks at models and runs."""
+"""The command line: parses, picks the engine, prints. Every experiment's command is made from its class."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from probekit import ProbekitError, __version__
-from probekit.experiments import dynamics, edit, inject, invert, latents, noise_map, probe, stitch
+from probekit.experiments import EXPERIMENTS, find
+from probekit.experiments.inject_picture import InjectImage, InjectScript
+from probekit.experiments.latents_encode import LatentsEncode
+from probekit.runs.experiment import Experiment, signature
 
 app = typer.Typer(
     help="Find out where generative image models keep what they know about an image.",
@@ -18,15 +23,68 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-zoo = typer.Typer(help="The small models that ship with probekit: train them, measure them.", no_args_is_help=True)
-app.add_typer(inject.app, name="inject")
-app.add_typer(stitch.app, name="stitch")
-app.add_typer(probe.app, name="probe")
-app.add_typer(dynamics.app, name="dynamics")
-app.add_typer(invert.app, name="invert")
-app.add_typer(latents.app, name="latents")
-app.add_typer(noise_map.app, name="noise-map")
-app.add_typer(zoo, name="zoo")
+_GROUPS = {
+    "inject": "Swap layers between two generations and see what comes over.",
+    "stitch": "Map one model's latent space into another's by a linear map.",
+    "probe": "Read attributes off latent spaces with linear probes.",
+    "dynamics": "How latent spaces form while a model is trained.",
+    "invert": "From images to latents and back, and where the latents lie.",
+    "noise-map": "Which noise belongs to which sample, by L2.",
+    "latents": "Encode data sets into latent spaces, once.",
+    "zoo": "The small models that ship with probekit: train them, measure them.",
+}
+groups: dict[str, typer.Typer] = {}
+for group, about in _GROUPS.items():
+    groups[group] = typer.Typer(help=about, no_args_is_help=True)
+    groups[group].callback()(lambda: None)  # a group of one command keeps that command's name
+    app.add_typer(groups[group], name=group, help=about)
+
+_HOW = {
+    "out": (Path | None, "The run's folder. [default: runs/…]", None),
+    "engine": (str, "local, ray, or ray:ADDRESS of a cluster.", "local"),
+    "workers": (int | None, "Workers of --engine ray. [default: one a device]", None),
+    "shard": (str | None, "Do the i-th of n parts of the units, as 2/8; whoever comes last collects.", None),
+}
+"""How an experiment is run, whatever it is: type, help, default."""
+
+
+def _command(experiment: type[Experiment]) -> Callable[..., None]:
+    """The function that typer makes an experiment's command from."""
+    how = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(help=said)])
+        for name, (kind, said, default) in _HOW.items()
+    ]
+
+    def command(**given: Any) -> None:
+        run = {name: given.pop(name) for name in _HOW}
+        findings = experiment(**given).run(**run)
+        if findings is None:
+            typer.echo(f"this part is done ({run['shard']}); units of others are missing: whoever comes last collects")
+        else:
+            findings.show()
+
+    command.__signature__ = signature(experiment, *how)  # type: ignore[attr-defined]
+    command.__doc__ = inspect.getdoc(experiment)
+    return command
+
+
+def _plain(made: Any) -> Callable[..., None]:
+    """The function of a command that is a dataclass of options with a `run`, but no experiment of units."""
+
+    def command(**given: Any) -> None:
+        typer.echo(made(**given).run())
+
+    command.__signature__ = signature(made)  # type: ignore[attr-defined]
+    command.__doc__ = inspect.getdoc(made)
+    return command
+
+
+for _name in EXPERIMENTS:
+    _group = next(group for group in groups if _name.startswith(f"{group}-"))
+    groups[_group].command(_name.removeprefix(f"{_group}-"))(_command(find(_name)))
+groups["inject"].command("image")(_plain(InjectImage))
+groups["inject"].command("script")(_plain(InjectScript))
+groups["latents"].command("encode")(_plain(LatentsEncode))
 
 
 @app.callback(invoke_without_command=True)
@@ -49,7 +107,7 @@ def layers(
     from probekit.report.terminal import print_layers
 
     loaded = load(model, device=device, dtype=dtype)
-    print_layers(loaded, hooks.select(hooks.layers(loaded.denoiser), select or ["@all"]))
+    print_layers(loaded, hooks.select(loaded.layers, select or ["@all"]))
 
 
 @app.command()
@@ -68,21 +126,17 @@ def models(
 @app.command()
 def describe(run: Annotated[Path, typer.Argument(help="The folder of a finished run.")]) -> None:
     """Show the result of a finished run again, and write its report anew."""
-    from probekit.runs import open_run
+    from probekit.runs.folder import Run
 
-    config, rows = open_run(run)
-    shows = {
-        "inject-sweep": inject.show, "stitch-run": stitch.show, "probe-run": probe.show, "dynamics-flow": dynamics.show,
-        "stitch-edit": edit.show, "invert-run": invert.show, "invert-trajectory": invert.show_trajectory,
-        "invert-interpolate": invert.show_interpolation, "noise-map-run": noise_map.show,
-        "dynamics-diffusion": dynamics.show_diffusion,
-    }  # fmt: skip
-    if config["experiment"] not in shows:
-        raise ProbekitError(f"run {str(run)!r}: of an unknown experiment {config['experiment']!r}")
-    shows[config["experiment"]](run, config, rows)
+    opened = Run.opened(run)
+    if (name := opened.config["experiment"]) not in EXPERIMENTS:
+        raise ProbekitError(f"run {str(run)!r}: of an unknown experiment {name!r}")
+    findings = find(name).of(opened.config["options"]).findings(opened, opened.results())
+    findings.write()
+    findings.show()
 
 
-@zoo.command("list")
+@groups["zoo"].command("list")
 def zoo_list() -> None:
     """List the bundled models."""
     from probekit.report.terminal import print_zoo
@@ -90,7 +144,7 @@ def zoo_list() -> None:
     print_zoo()
 
 
-@zoo.command()
+@groups["zoo"].command()
 def train(
     name: Annotated[str, typer.Argument(help="The model to train; see `probekit zoo list`.")],
     out: Annotated[
@@ -107,7 +161,7 @@ def train(
     recipe.train(out or weights(name), checkpoints, seed)
 
 
-@zoo.command()
+@groups["zoo"].command()
 def evaluate(
     name: Annotated[str, typer.Argument(help="The model to measure; see `probekit zoo list`.")],
     n: Annotated[int, typer.Option(min=1, help="How many pictures to judge.")] = 500,
@@ -121,18 +175,18 @@ def evaluate(
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is one line and exit code 2."""
+    """Run the command line; what the user can mend is one line and exit code 2, an interruption one line and 130."""
     # what libraries warn of would bury a one-line error
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         code = app(standalone_mode=False)
     except Exception as error:
-        from probekit.hooks.errors import ProbekitError
-
-        # hooks are imported only when something has already loaded torch
-        hook_error = getattr(sys.modules.get("probekit.hooks.layers"), "ProbekitError", ProbekitError)
-        if isinstance(error, ProbekitError | hook_error):
+        interrupted = _interruption(error)
+        if interrupted is not None:
+            typer.echo(f"probekit: {interrupted}", err=True)
+            sys.exit(130)
+        if isinstance(error, ProbekitError):
             said = str(error)
         elif hasattr(error, "format_message"):  # typer's, about options: it would draw a box
             said = error.format_message()
@@ -142,3 +196,11 @@ def main() -> None:
             typer.echo(f"probekit: {' '.join(said.split())}", err=True)
         sys.exit(2)
     sys.exit(code or 0)
+
+
+def _interruption(error: BaseException) -> str | None:
+    """What a KeyboardInterrupt said, which typer turns into an error of its own; None for anything else."""
+    cause = error.__context__ if type(error).__name__ == "Abort" else None
+    if type(error).__name__ != "Abort":
+        return None
+    return str(cause) or "interrupted" if isinstance(cause, KeyboardInterrupt) else "interrupted"

@@ -8,7 +8,8 @@ from sklearn.base import clone
 from sklearn.linear_model import LinearRegression, Ridge, RidgeCV
 from sklearn.utils.estimator_checks import check_estimator
 
-from probekit.latents.maps import GRID, PAPER_ALPHAS, LinearMap, LowRankMap, ProcrustesMap, RidgeSolver
+from probekit.latents.maps import PAPER_ALPHAS, LinearMap, LowRankMap, ProcrustesMap
+from probekit.latents.ridge import GRID, RidgeSolver
 
 # (n, d): tall, barely tall, square, one degree of freedom less, wide
 SHAPES = [(400, 60), (102, 100), (101, 100), (100, 100), (80, 200)]

@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from probekit.data.dataset import Dataset
 
 
-def load(spec: str, image_size: int) -> Dataset:
+def load_data(spec: str, image_size: int) -> Dataset:
     """A data set by its name or place, its images `image_size` pixels high and wide.
 
     spec:
         `avatars`: drawn faces (`probekit.data.avatars.Avatars`);
+        `scenes`: captioned pictures of one object (`probekit.data.scenes.Scenes`);
         `celeba:PATH`: `img_align_celeba/` and the labels beside it (`probekit.data.celeba.CelebA`);
         `folder:PATH` or `folder:PATH,labels=FILE`: any images (`probekit.data.folder.ImageFolder`), the labels a csv file in
         that folder or elsewhere;
@@ -29,12 +30,16 @@ def load(spec: str, image_size: int) -> Dataset:
         from probekit.data.avatars import Avatars
 
         return Avatars(image_size)
+    if spec == "scenes":
+        from probekit.data.scenes import Scenes
+
+        return Scenes(image_size)
     kind, _, place = spec.partition(":") if spec.startswith(("celeba:", "folder:")) else ("", "", spec)
     path, comma, labels = place.partition(",labels=")
     root = Path(path).expanduser()
     if not path or (comma and not labels) or not (kind or root.is_dir()):
         raise ProbekitError(
-            f"data set {spec!r}: choose avatars, celeba:PATH, folder:PATH, folder:PATH,labels=FILE.csv, or the path of a folder"
+            f"data set {spec!r}: choose avatars, scenes, celeba:PATH, folder:PATH, folder:PATH,labels=FILE.csv, or the path of a folder"
         )
     if kind == "celeba" or (not kind and not comma and (root / "img_align_celeba").is_dir()):
         from probekit.data.celeba import CelebA

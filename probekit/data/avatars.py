@@ -25,8 +25,9 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from probekit.data.dataset import no_captions
 from probekit.hooks.errors import ProbekitError
-from probekit.runs import write_whole
+from probekit.files import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -227,6 +228,10 @@ class Avatars:
     def images(self, indices: Sequence[int] | np.ndarray) -> Float[Tensor, "n 3 h w"]:
         """Pictures in [-1, 1]."""
         return torch.from_numpy(self._take("images", indices)).float() / 127.5 - 1
+
+    def captions(self, indices: Sequence[int] | np.ndarray) -> list[str]:
+        """Raises ProbekitError: there are none."""
+        raise no_captions(self.name)
 
     def labels(self, indices: Sequence[int] | np.ndarray) -> pd.DataFrame:
         """Which attributes each avatar has: one row an index, one column of bool an attribute."""

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from probekit.data.folder import digest, list_images, numbers, read_images, read_rows
+from probekit.data.dataset import no_captions, numbers
+from probekit.data.folder import digest, list_images, read_images, read_rows
 from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
@@ -77,6 +78,10 @@ class CelebA:
     def images(self, indices: Sequence[int] | np.ndarray) -> Float[Tensor, "n 3 h w"]:
         """Pictures in [-1, 1]. Raises ProbekitError for a number that is not there and a file that cannot be read."""
         return read_images([self._folder / self._files[i] for i in numbers(indices, self.name, len(self))], self.image_size)
+
+    def captions(self, indices: Sequence[int] | np.ndarray) -> list[str]:
+        """Raises ProbekitError: there are none."""
+        raise no_captions(self.name)
 
     def labels(self, indices: Sequence[int] | np.ndarray) -> pd.DataFrame:
         """Which attributes each image has: one row an index, one column of bool an attribute."""

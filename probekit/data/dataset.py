@@ -6,11 +6,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
+
+from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+def no_captions(name: str) -> ProbekitError:
+    """The error of a data set without captions."""
+    return ProbekitError(f"data {name!r}: has no captions; scenes have, and a folder whose csv file has a column caption")
 
 
 class Dataset(Protocol):
@@ -34,6 +41,18 @@ class Dataset(Protocol):
         """Pictures in [-1, 1]. Raises ProbekitError for a number that is not there and a picture that cannot be read."""
         ...
 
+    def captions(self, indices: Sequence[int] | np.ndarray) -> list[str]:
+        """What each picture shows, in words. Raises ProbekitError where the data set has no captions."""
+        ...
+
     def labels(self, indices: Sequence[int] | np.ndarray) -> pd.DataFrame:
         """One row an index; a column of bool is an attribute, of category a class, of float a number (NaN where unknown)."""
         ...
+
+
+def numbers(indices: Sequence[int] | np.ndarray, name: str, count: int) -> Int64[np.ndarray, " n"]:
+    """The indices of images of a data set of that name, as an array. Raises ProbekitError unless all are below `count`."""
+    wanted = np.asarray(indices, dtype=np.int64)
+    if wanted.size and not 0 <= wanted.min() <= wanted.max() < count:
+        raise ProbekitError(f"{name}: numbers 0 to {count - 1}, not {wanted.min()} to {wanted.max()}")
+    return wanted

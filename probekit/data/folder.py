@@ -19,6 +19,7 @@ from jaxtyping import Float, Int64, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from probekit.data.dataset import no_captions, numbers
 from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """The endings of the files that count as images, in capitals or not."""
 READING = "centre square, bilinear with antialiasing"
 """What becomes of an image between its file and its pixels; a part of every digest."""
+
+CAPTION = "caption"
+"""The column of a csv file that says what an image shows; it is no label."""
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _TEST_SHARE = 0.1
@@ -45,6 +49,8 @@ class ImageFolder:
     - 0/1, -1/1, true/false or yes/no is an attribute (bool). It has no empty cells: a column that has some is refused.
     - other words is a class (category), as are whole numbers of at most 20 values which on average 2 images or more share.
     - other numbers is a number (float).
+
+    A column `caption` is no label: it says what each image shows, in words.
 
     An empty cell, NA or NaN in a class or a number is an unknown one (NaN). Images without a line in the csv file are left
     out of the data set, and `unlabelled` says how many; so whoever does not know an attribute of an image deletes its line.
@@ -99,7 +105,13 @@ class ImageFolder:
         wanted = numbers(indices, self.name, len(self))
         if self._labels is None:
             return pd.DataFrame(index=range(len(wanted)))
-        return self._labels.iloc[wanted].reset_index(drop=True)
+        return self._labels.iloc[wanted].reset_index(drop=True).drop(columns=CAPTION, errors="ignore")
+
+    def captions(self, indices: Sequence[int] | np.ndarray) -> list[str]:
+        """What each picture shows, in words. Raises ProbekitError without a csv file that has a column `caption`."""
+        if self._labels is None or CAPTION not in self._labels:
+            raise no_captions(self.name)
+        return self._labels[CAPTION].iloc[numbers(indices, self.name, len(self))].tolist()
 
 
 def list_images(folder: Path) -> dict[str, int]:
@@ -137,14 +149,6 @@ def digest(sizes: Mapping[str, int], labels: str, image_size: int) -> str:
     """12 hex digits for files of these names and sizes in bytes, with these labels, read at this size."""
     content = "\n".join([*(f"{size} {name}" for name, size in sizes.items()), labels, READING, str(image_size)])
     return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-
-
-def numbers(indices: Sequence[int] | np.ndarray, name: str, count: int) -> Int64[np.ndarray, " n"]:
-    """The indices of images of a data set of that name, as an array. Raises ProbekitError unless all are below `count`."""
-    wanted = np.asarray(indices, dtype=np.int64)
-    if wanted.size and not 0 <= wanted.min() <= wanted.max() < count:
-        raise ProbekitError(f"{name}: numbers 0 to {count - 1}, not {wanted.min()} to {wanted.max()}")
-    return wanted
 
 
 def read_images(files: Sequence[Path], image_size: int) -> Float[Tensor, "n 3 h w"]:
@@ -246,7 +250,10 @@ def _read_labels(file: Path, root: Path, known: Mapping[str, int]) -> pd.DataFra
         raise ProbekitError(f"labels {str(file)!r}: names no images, only columns")
     columns = zip(header[1:], zip(*table, strict=True), strict=True)
     return pd.DataFrame(
-        {name: _column(f"labels {str(file)!r} column {name!r}", cells, [*lines.values()]) for name, cells in columns},
+        {
+            name: cells if name == CAPTION else _column(f"labels {str(file)!r} column {name!r}", cells, [*lines.values()])
+            for name, cells in columns
+        },
         index=list(lines),
     )
 

@@ -7,9 +7,11 @@ striped or dotted ground of another colour (surface). Pictures are drawn from si
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,7 +19,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from probekit.data.dataset import numbers
 from probekit.hooks.errors import ProbekitError
+from probekit.seeds import numbered
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 KINDS = ("circle", "square", "triangle", "cross", "ring", "star", "heart", "moon", "tree", "fish")
 COLOURS = {
@@ -111,9 +118,14 @@ def all_scenes() -> tuple[Scene, ...]:
 def split(held_out: bool) -> tuple[Scene, ...]:
     """The scenes that mini-sd is trained on, or (`held_out`) the tenth of all combinations that it never sees."""
     scenes = all_scenes()
-    order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(0)).tolist()
-    cut = len(scenes) // 10
-    return tuple(scenes[i] for i in (order[:cut] if held_out else order[cut:]))
+    return tuple(scenes[i] for i in _numbers(held_out))
+
+
+@functools.cache
+def _numbers(held_out: bool) -> tuple[int, ...]:
+    order = torch.randperm(len(all_scenes()), generator=torch.Generator().manual_seed(0)).tolist()
+    cut = len(order) // 10
+    return tuple(order[:cut] if held_out else order[cut:])
 
 
 def sample_scenes(n: int, generator: torch.Generator, *, held_out: bool = False) -> list[Scene]:
@@ -159,9 +171,60 @@ def render(scenes: Sequence[Scene], generator: torch.Generator, *, image_size: i
     The generator moves each object by up to 1.5 pixels of 64 and shifts each texture; the same generator state gives
     the same pixels.
     """
+    return _draw(scenes, torch.rand(len(scenes), 4, generator=generator), image_size)
+
+
+class Scenes:
+    """Every scene drawn once, with its caption and its attributes as classes; mini-sd never saw those of the test split.
+
+    Image i shows scene i of `all_scenes`; where its object stands and how its texture is shifted follow from seed and i alone.
+    """
+
+    name = "scenes"
+
+    def __init__(self, image_size: int = IMAGE_SIZE, seed: int = 0) -> None:
+        self.image_size, self._seed = image_size, seed
+        self.digest = hashlib.sha256(f"scenes 1 {VALUES} {image_size} {seed}".encode()).hexdigest()[:12]
+
+    def __len__(self) -> int:
+        return len(all_scenes())
+
+    def split(self, part: str) -> np.ndarray:
+        """The numbers of the scenes that mini-sd is trained on (`train`), or never sees (`test`), in an order drawn once.
+
+        Raises ProbekitError for another part.
+        """
+        if part not in ("train", "test"):
+            raise ProbekitError(f"split {part!r}: choose train or test")
+        return np.array(_numbers(part == "test"))
+
+    def images(self, indices: Sequence[int] | np.ndarray) -> Float[Tensor, "n 3 h w"]:
+        """Pictures in [-1, 1]. Raises ProbekitError for a number that is not there."""
+        wanted = numbers(indices, self.name, len(self)).tolist()
+        jitter = [torch.rand(4, generator=numbered(self._seed, number)) for number in wanted]
+        if not wanted:
+            return torch.empty(0, 3, self.image_size, self.image_size)
+        return _draw(self._scenes(wanted), torch.stack(jitter), self.image_size)
+
+    def captions(self, indices: Sequence[int] | np.ndarray) -> list[str]:
+        """The sentences that mini-sd is trained on."""
+        return [scene.caption for scene in self._scenes(numbers(indices, self.name, len(self)).tolist())]
+
+    def labels(self, indices: Sequence[int] | np.ndarray) -> pd.DataFrame:
+        """One row an index, one column of classes an attribute of `VALUES`."""
+        import pandas as pd
+
+        scenes = self._scenes(numbers(indices, self.name, len(self)).tolist())
+        return pd.DataFrame({a: pd.Categorical([getattr(s, a) for s in scenes], values) for a, values in VALUES.items()})
+
+    def _scenes(self, wanted: Sequence[int]) -> list[Scene]:
+        pool = all_scenes()
+        return [pool[number] for number in wanted]
+
+
+def _draw(scenes: Sequence[Scene], jitter: Float[Tensor, "n 4"], image_size: int) -> Float[Tensor, "n 3 h w"]:
     n = len(scenes)
     unit = image_size / 64
-    jitter = torch.rand(n, 4, generator=generator)
     centres = torch.tensor([PLACES[s.place] for s in scenes]) + 3 * jitter[:, :2] - 1.5
     radii = torch.tensor([SIZES[s.size] for s in scenes])
     axis = (torch.arange(image_size) + 0.5) / unit

@@ -15,8 +15,8 @@ from zipfile import BadZipFile
 import numpy as np
 from jaxtyping import Bool, Float
 
+from probekit.files import write_whole
 from probekit.hooks.errors import ProbekitError
-from probekit.runs import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from probekit.data.dataset import no_captions
 from probekit.hooks.errors import ProbekitError
 from probekit.latents.space import LatentSpace
 from probekit.seeds import named
@@ -28,12 +29,12 @@ class Samples:
     of them are the test split. Raises ProbekitError where the space cannot sample or decode.
     """
 
-    def __init__(self, space: LatentSpace, digest: str, image_size: int, n: int, test: int, seed: int = 0) -> None:
+    def __init__(self, space: LatentSpace, image_size: int, n: int, test: int, seed: int = 0) -> None:
         if space.sampler is None or space.decoder is None:
             raise ProbekitError(f"space {str(space)!r}: cannot {'sample' if space.sampler is None else 'decode'}")
         self.space, self.image_size, self.seed = space, image_size, seed
         self.name = f"samples of {space}"
-        self.digest = hashlib.sha256(f"{digest}{space.name}{seed} {n}".encode()).hexdigest()[:12]
+        self.digest = hashlib.sha256(f"{space.digest}{seed} {n}".encode()).hexdigest()[:12]
         self._n, self._test = n, test
 
     def __len__(self) -> int:
@@ -60,6 +61,10 @@ class Samples:
     def images(self, indices: Sequence[int] | np.ndarray) -> Float[Tensor, "n 3 h w"]:
         """The samples, in [-1, 1]."""
         return torch.cat([self.space.decode(part) for part in torch.split(self.latents(indices), _BLOCK)])
+
+    def captions(self, indices: Sequence[int] | np.ndarray) -> list[str]:
+        """Raises ProbekitError: nobody has written any."""
+        raise no_captions(self.name)
 
     def labels(self, indices: Sequence[int] | np.ndarray) -> pd.DataFrame:
         """A row an index and no columns: nobody has labelled them."""

@@ -13,9 +13,10 @@ from jaxtyping import Float
 
 from probekit import __version__
 from probekit.data.dataset import Dataset
+from probekit.files import file_name, write_whole, writing
 from probekit.hooks.errors import ProbekitError
-from probekit.latents.space import LatentSpace, generator
-from probekit.runs import file_name, write_whole, writing
+from probekit.latents.space import LatentSpace
+from probekit.seeds import named
 
 if TYPE_CHECKING:
     import zarr
@@ -28,20 +29,21 @@ class LatentStore:
     """The latents of one space for one data set: a zarr array `latents` (images, *shape), float32, NaN where not encoded.
 
     Beside it lie `labels/`, a parquet file a block with a row an image, and `provenance.json`. Noise that a space draws comes
-    from a generator seeded with the model's digest, the space, the seed and the block's number: latents depend neither on what
+    from a generator seeded with the model's weights, the space, the seed and the block's number: latents depend neither on what
     is asked for nor in which order, and two models' noise has nothing in common.
 
     folder: the store's own, made where there is none. Raises ProbekitError for a folder that holds other latents (another
     model, space, data set or seed), naming what differs, and for a damaged one. A model is the same wherever it lies.
     """
 
-    def __init__(self, folder: Path, space: LatentSpace, digest: str, data: Dataset, *, seed: int = 0) -> None:
+    def __init__(self, folder: Path, space: LatentSpace, data: Dataset, *, seed: int = 0) -> None:
         import zarr
         import zarr.codecs
 
         self.folder, self.space, self.data, self.seed = folder, space, data, seed
         self.provenance: dict[str, Any] = {
-            "model": space.model, "model_digest": digest, "space": space.name, "shape": list(space.shape), "data": data.name,
+            "model": space.model, "space": space.name, "parameters": dict(space.parameters), "digest": space.digest,
+            "shape": list(space.shape), "data": data.name,
             "data_digest": data.digest, "image_size": data.image_size, "seed": seed, "probekit": __version__,
         }  # fmt: skip
         described = folder / "provenance.json"
@@ -93,8 +95,9 @@ class LatentStore:
             mark = self.folder / "labels" / f"{block:06d}.parquet"
             numbers = self._numbers(block)
             if not mark.exists():
-                noise = generator(self.provenance["model_digest"], self.space.name, self.seed, block)
-                latents = self.space.encode(self.data.images(numbers), noise).numpy()
+                noise = named(self.space.weights(), self.space.name, self.seed, block)
+                items = self.data.captions(numbers) if self.space.takes == "captions" else self.data.images(numbers)
+                latents = self.space.encode(items, noise).numpy()
                 if not np.isfinite(latents).all():
                     raise ProbekitError(f"space {str(self.space)!r}: gives latents that are not finite")
                 with writing(self.folder):
@@ -125,10 +128,10 @@ class LatentStore:
         return np.arange(block * BLOCK, min((block + 1) * BLOCK, len(self.data)))
 
 
-def default_folder(space: LatentSpace, digest: str, data: Dataset, seed: int = 0) -> Path:
+def default_folder(space: LatentSpace, data: Dataset, seed: int = 0) -> Path:
     """runs/latents/<model>-<space>-<data>-<what they are>: the same space and data find the same folder again."""
     label = file_name(f"{Path(space.model).name}-{space.name}-{data.name}")
-    return Path("runs") / "latents" / f"{label}-{digest}-{data.digest}-{seed}"
+    return Path("runs") / "latents" / f"{label}-{space.digest}-{data.digest}-{seed}"
 
 
 def _brief(error: Exception) -> str:

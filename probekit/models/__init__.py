@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from probekit.bundled import MODELS, PIPELINES, trained, weights
@@ -25,7 +26,7 @@ from probekit.models.hub import choose_device
 from probekit.models.model import Model
 from probekit.models.papers import ddpm, diffusevae, rosinality, stylegan2_ada
 
-__all__ = ["FORMATS", "Model", "load", "load_space"]
+__all__ = ["FORMATS", "Model", "load", "load_space", "load_spaces"]
 
 FORMATS: list[Format] = [
     *vae.FORMATS,
@@ -92,6 +93,29 @@ def load_space(spec: str, *, device: str = "auto", dtype: str = "auto") -> Laten
     """
     name, space = _split(spec)
     return load(name, device=device, dtype=dtype).space(space or None, label=spec)
+
+
+def load_spaces(specs: Sequence[str], *, device: str = "auto", baseline: bool = False) -> list[LatentSpace]:
+    """Several spaces, as `load_space` reads them, and with `baseline` the random encoder beside them.
+
+    A model that several name is loaded once. Convolutional models among others take the others' image size, as All Roads has it
+    with the VQ-VAE made for 256 pixels. Raises ProbekitError as `load_space`.
+    """
+    wanted = [*specs, *(["random"] if baseline and "random" not in specs else [])]
+    models: dict[str, Model] = {}
+    for spec in wanted:
+        name, _ = _split(spec)
+        if name not in models:
+            models[name] = load(name, device=device)
+    sizes = {model.image_size for model in models.values() if model.at_size is None and model.image_size is not None}
+    found = []
+    for spec in wanted:
+        name, space = _split(spec)
+        model = models[name]
+        if len(sizes) == 1 and model.at_size is not None and model.image_size not in sizes:
+            model = models[name] = model.at_size(*sizes)
+        found.append(model.space(space or None, label=spec))
+    return found
 
 
 def _split(spec: str) -> tuple[str, str]:

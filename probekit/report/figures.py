@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from probekit.runs.folder import Run
+
 
 def style() -> dict[str, Any]:
     """matplotlib's settings for every figure."""
@@ -52,9 +54,11 @@ def command_line(command: list[str]) -> str:
     return shlex.join([Path(command[0]).name, *command[1:]])
 
 
-def render(template: str, **given: Any) -> bytes:
-    """A page of this folder's templates."""
+def render(template: str, run: Run, **given: Any) -> bytes:
+    """A page of this folder's templates; each is given the run's config, options, inputs and command, and more."""
     import jinja2
 
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    return templates.get_template(template).render(**given).encode()
+    config = run.config
+    told = {"config": config, "options": config["options"], "inputs": config["inputs"], "command": command_line(config["command"])}
+    return templates.get_template(template).render(**told | given).encode()

@@ -12,7 +12,8 @@ from rich.table import Table
 from probekit import hooks
 
 if TYPE_CHECKING:
-    from probekit.models import Model, TextToImage
+    from probekit.models import Model
+    from probekit.report import findings
     from probekit.zoo.measured import Measured
 
 
@@ -22,7 +23,23 @@ def console() -> Console:
     return here if here.is_terminal else Console(width=240)
 
 
-def print_layers(model: TextToImage | Model, layers: Sequence[hooks.Layer]) -> None:
+def print_table(told: findings.Table) -> None:
+    """A table of findings; what stands in cells is text, not markup."""
+    from rich.text import Text
+
+    table = Table(title=Text(told.title), title_justify="left")
+    for heading in told.columns:
+        left = heading in told.text
+        table.add_column(Text(heading), justify="left" if left else "right", no_wrap=left)
+    for number, row in enumerate(told.rows):
+        cells = [Text(cell) for cell in row]
+        if number in told.styles:
+            cells[-1].stylize(told.styles[number])
+        table.add_row(*cells)
+    console().print(table)
+
+
+def print_layers(model: Model, layers: Sequence[hooks.Layer]) -> None:
     """A table of a denoiser's layers; output shapes are those of one picture, read off one call of the denoiser."""
     shapes = hooks.output_shapes(model.denoiser, layers, model.denoise_once)
     modules = dict(model.denoiser.named_modules())
@@ -36,23 +53,20 @@ def print_layers(model: TextToImage | Model, layers: Sequence[hooks.Layer]) -> N
     console().print(table)
 
 
-def print_models(models: Sequence[TextToImage | Model]) -> None:
+def print_models(models: Sequence[Model]) -> None:
     """A table of models: one line a latent space, with what it can do."""
-    from probekit.models import TextToImage
-
     table = Table(title="models", title_justify="left")
-    for heading in ("name", "family", "images", "weights", "space", "shape", "encodes", "decodes", "samples", "what it is"):
+    for heading in ("name", "family", "images", "weights", "space", "shape", "takes", "encodes", "decodes", "samples", "what it is"):
         table.add_column(heading, justify="right" if heading == "weights" else "left", no_wrap=heading != "what it is")
     for model in models:
-        if isinstance(model, TextToImage):
-            count = sum(p.numel() for p in model.denoiser.parameters())
-            table.add_row(model.name, "text-to-image", "", f"{count:,}", *[""] * 5, type(model.pipeline).__name__)
-            continue
+        size = "any" if model.image_size is None else f"{model.image_size}x{model.image_size}"
+        first = (model.name, model.family, size, f"{model.parameters:,}")
         for i, space in enumerate(model.spaces.values()):
-            first = (model.name, model.family, f"{model.image_size}x{model.image_size}", f"{model.parameters:,}")
             can = ("yes" if part else "-" for part in (space.encoder, space.decoder, space.sampler))
             shape = "x".join(map(str, space.shape))
-            table.add_row(*(first if i == 0 else [""] * 4), space.name, shape, *can, space.about)
+            table.add_row(*(first if i == 0 else [""] * 4), space.name, shape, space.takes, *can, space.about)
+        if not model.spaces:
+            table.add_row(*first)
         table.add_section()
     console().print(table)
 

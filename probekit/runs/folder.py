@@ -1,43 +1,54 @@
 """A run's folder: its config, its finished units, its results; and how a run goes on where it stopped.
 
-config.json      every option, the seed, the package's version, the model's fingerprint
-units/*.parquet  the rows of each finished unit, written whole or not at all
-states/*.npy     tensors with a row a picture, filled block by block
-images/UNIT/     the pictures of a unit, in place before its rows are
-results.parquet  all rows of all units, once every unit is finished
+config.json        the experiment, its options, the fingerprints of what they name, the package's version
+units/NAME.parquet the rows of each finished unit, written whole or not at all, and after all else of the unit
+states/NAME/*.npy  the arrays of a unit that other units need
+images/NAME/*.png  the pictures of a unit
+results.parquet    all rows of all units, once every unit is finished
 figures/, report.html
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probekit.hooks.errors import ProbekitError
-
 from probekit import __version__
+from probekit.files import file_name, write_whole, writing
+from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
-    from torch import Tensor
 
-BLOCK = 64
-"""Rows of an array of states that are made and written at a time."""
+    from probekit.runs.experiment import Work
+
+FORM = 2
+"""Of the folder and its config; those of another form are refused."""
 
 
 class Run:
-    """One run's folder. Raises ProbekitError, before anything is written, when it belongs to another config."""
+    """One run's folder. Raises ProbekitError, before anything is written, when it belongs to another config.
 
-    def __init__(self, folder: Path, experiment: str, options: Mapping[str, Any], command: Sequence[str]) -> None:
+    Several processes may fill one folder: a unit appears at once and whole, and is the same whoever did it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        experiment: str,
+        options: Mapping[str, Any],
+        inputs: Mapping[str, Any] | None = None,
+        command: Sequence[str] = (),
+    ) -> None:
         self.folder = folder
-        self.config: dict[str, Any] = {"experiment": experiment, "probekit": __version__, "options": dict(options)}
+        told = {"experiment": experiment, "form": FORM, "probekit": __version__, "options": options, "inputs": inputs or {}}
+        # through JSON, so that a tuple and a list count as the same
+        self.config: dict[str, Any] = json.loads(json.dumps(told, default=str)) | {"command": list(command)}
         stored = folder / "config.json"
         with writing(folder):
             if stored.exists():
@@ -46,15 +57,21 @@ class Run:
                 raise ProbekitError(f"--out {str(folder)!r}: exists and is no run folder; name a new or an empty one")
             else:
                 folder.mkdir(parents=True, exist_ok=True)
-                write_whole(stored, json.dumps(self.config | {"command": list(command)}, indent=2).encode())
-            (folder / "units").mkdir(exist_ok=True)
-            (folder / "images").mkdir(exist_ok=True)
+                write_whole(stored, json.dumps(self.config, indent=2).encode())
+            for part in ("units", "images", "states"):
+                (folder / part).mkdir(exist_ok=True)
+
+    @classmethod
+    def opened(cls, folder: Path) -> Run:
+        """The run in a folder that is one. Raises ProbekitError where it is none, or one of another form."""
+        run = cls.__new__(cls)
+        run.folder, run.config = folder, _read_config(folder)
+        return run
 
     def _refuse_another(self, stored: Mapping[str, Any]) -> None:
-        ours = {**self.config["options"], "experiment": self.config["experiment"], "probekit": self.config["probekit"]}
-        theirs = {**stored["options"], "experiment": stored["experiment"], "probekit": stored["probekit"]}
-        # through JSON, so that a tuple and a list count as the same
-        ours = json.loads(json.dumps(ours))
+        ours, theirs = (
+            {**c["inputs"], **c["options"], "experiment": c["experiment"], "probekit": c["probekit"]} for c in (self.config, stored)
+        )
         differ = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
         if differ:
             said = ", ".join(
@@ -63,116 +80,170 @@ class Run:
             raise ProbekitError(f"--out {str(self.folder)!r}: holds a run of another config ({said}); name another folder")
 
     def finished(self, unit: str) -> bool:
-        """Whether the unit's rows are there."""
-        return (self.folder / "units" / f"{unit}.parquet").exists()
+        """Whether the unit is done."""
+        return (self.folder / "units" / f"{file_name(unit)}.parquet").exists()
 
-    def write(self, unit: str, rows: pd.DataFrame, images: Mapping[str, Tensor]) -> None:
-        """Keep a finished unit: its pictures, (3, h, w) in [-1, 1] by name, then its rows."""
-        from probekit.images import save_png
-
-        with writing(self.folder):
-            final, partial = self.folder / "images" / unit, self.folder / "images" / f"{unit}.partial"
-            for leftover in (final, partial):
-                shutil.rmtree(leftover, ignore_errors=True)
-            partial.mkdir(parents=True)
-            for name, image in images.items():
-                save_png(image, partial / f"{name}.png")
-            partial.rename(final)
-            write_whole(self.folder / "units" / f"{unit}.parquet", rows.to_parquet(index=False))
-
-    def states(
-        self, name: str, n: int, shape: Sequence[int], make: Callable[[range], Tensor], on_block: Callable[[int], None]
-    ) -> np.ndarray:
-        """A float32 array (n, *shape) in states/NAME.npy, not held in memory; writing to it does not reach the file.
-
-        make: gives the rows of a block of `BLOCK`; blocks that an earlier run has finished are not made again.
-        on_block: told how many rows each block has, finished ones included.
-        """
-        import numpy as np
-
-        file, mark = self.folder / "states" / f"{name}.npy", self.folder / "states" / f"{name}.done"
-        with writing(self.folder):
-            file.parent.mkdir(exist_ok=True)
-            told = mark.read_text().split() if mark.exists() and file.exists() else []
-            # a file of another size was cut short, and would be filled with zeros
-            done = int(told[0]) if len(told) == 2 and int(told[1]) == file.stat().st_size else 0
-            if not done:
-                np.lib.format.open_memmap(file, "w+", np.float32, (n, *shape))
-            on_block(done)
-            for start in range(done, n, BLOCK):
-                rows = range(start, min(start + BLOCK, n))
-                made = make(rows).numpy()
-                # opened anew for each block: what was written through a map counts as the process's memory
-                array = np.lib.format.open_memmap(file, "r+")
-                array[rows.start : rows.stop] = made
-                array.flush()
-                write_whole(mark, f"{rows.stop} {file.stat().st_size}".encode())
-                on_block(len(rows))
-            return np.load(file, mmap_mode="c")
-
-    def collect(self, units: Sequence[str]) -> pd.DataFrame:
-        """All rows in the order of `units`; also written to results.parquet, unless there are none."""
+    def write(self, unit: str, work: Work) -> None:
+        """Keep a finished unit: its arrays and pictures, then its rows. A unit that is there already is left as it is."""
         import pandas as pd
 
-        rows = pd.concat([pd.read_parquet(self.folder / "units" / f"{u}.parquet") for u in units], ignore_index=True)
+        from probekit.images import save_png
+
+        name = file_name(unit)
+        rows = work.rows if isinstance(work.rows, pd.DataFrame) else pd.DataFrame(list(work.rows))
+        with writing(self.folder):
+            if work.arrays:
+                with _whole_folder(self.folder / "states" / name) as partial:
+                    for key, array in work.arrays.items():
+                        _save_array(array, partial / f"{key}.npy")
+            if work.pictures:
+                with _whole_folder(self.folder / "images" / name) as partial:
+                    for key, image in work.pictures.items():
+                        save_png(image, partial / f"{key}.png")
+            if not self.finished(unit):
+                write_whole(self.folder / "units" / f"{name}.parquet", rows.to_parquet(index=False))
+
+    def arrays(self, unit: str) -> dict[str, np.ndarray]:
+        """The arrays of a finished unit by name; read from the disk as they are used, and not written to."""
+        import numpy as np
+
+        found = sorted((self.folder / "states" / file_name(unit)).glob("*.npy"))
+        try:
+            return {path.stem: np.load(path, mmap_mode="c") for path in found}
+        except (OSError, ValueError) as error:
+            raise ProbekitError(f"run {str(self.folder)!r}: the arrays of {unit!r} are damaged; delete them and its unit") from error
+
+    def array(self, unit: str, key: str) -> Path:
+        """Where a unit's array lies."""
+        return self.folder / "states" / file_name(unit) / f"{key}.npy"
+
+    def picture(self, unit: str, name: str) -> Path:
+        """Where a unit's picture lies."""
+        return self.folder / "images" / file_name(unit) / f"{name}.png"
+
+    def rows(self, units: Sequence[str]) -> pd.DataFrame:
+        """All rows of finished units, in the order of `units`."""
+        import pandas as pd
+
+        parts = [pd.read_parquet(self.folder / "units" / f"{file_name(u)}.parquet") for u in units]
+        some = [part for part in parts if not part.empty]
+        return pd.concat(some, ignore_index=True) if some else pd.DataFrame()
+
+    def collect(self, units: Sequence[str]) -> pd.DataFrame:
+        """`rows`, also written to results.parquet, unless there are none."""
+        rows = self.rows(units)
         if not rows.empty:
             with writing(self.folder):
                 write_whole(self.folder / "results.parquet", rows.to_parquet(index=False))
         return rows
 
+    def results(self) -> pd.DataFrame:
+        """The rows of a finished run. Raises ProbekitError where it has not finished, or they are damaged."""
+        import pandas as pd
 
-def open_run(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
-    """The config and results of a finished run. Raises ProbekitError where there is none, or it has not finished."""
-    import pandas as pd
-
-    config = _read_config(folder)
-    results = folder / "results.parquet"
-    if not results.exists():
-        done = len(list((folder / "units").glob("*.parquet")))
-        raise ProbekitError(f"run {str(folder)!r}: not finished ({done} units are); start it again with the same options")
-    try:
-        return config, pd.read_parquet(results)
-    except (OSError, ValueError) as error:
-        raise ProbekitError(
-            f"run {str(folder)!r}: its results.parquet is damaged; delete it and start the run again"
-        ) from error
-
-
-def default_folder(experiment: str, label: str, options: Mapping[str, Any]) -> Path:
-    """runs/<experiment>/<label>-<hash of the options>: the same options find the same folder again."""
-    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
-    return Path("runs") / experiment / f"{label}-{digest}"
+        results = self.folder / "results.parquet"
+        if not results.exists():
+            done = len(list((self.folder / "units").glob("*.parquet")))
+            raise ProbekitError(
+                f"run {str(self.folder)!r}: not finished ({done} units are); start it again with the same options"
+            )
+        try:
+            return pd.read_parquet(results)
+        except (OSError, ValueError) as error:
+            raise ProbekitError(
+                f"run {str(self.folder)!r}: its results.parquet is damaged; delete it and start the run again"
+            ) from error
 
 
-def file_name(label: str) -> str:
-    """The label with everything but letters, digits, `-` and `.` made `_`: what units and folders are called on the disk."""
-    return "".join(c if c.isalnum() or c in "-." else "_" for c in label)
+class Stacked:
+    """The rows of several files' arrays as one array (n, *shape), of which only the slices asked for are in memory.
+
+    Raises ProbekitError for a file that is damaged, and for arrays whose rows differ in shape.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = list(files)
+        first = self._open(self._files[0])
+        self._starts = [0]
+        for file in self._files:
+            here = self._open(file)
+            if (here.shape[1:], here.dtype) != (first.shape[1:], first.dtype):
+                raise ProbekitError(f"{str(file)!r}: rows {here.shape[1:]} of {here.dtype}, not {first.shape[1:]} of {first.dtype}")
+            self._starts.append(self._starts[-1] + len(here))
+        self.shape, self.dtype, self.ndim = (self._starts[-1], *first.shape[1:]), first.dtype, first.ndim
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: int | slice) -> np.ndarray:
+        """A copy of one row, or of those from start to stop."""
+        import numpy as np
+
+        start, stop, _ = (rows, rows + 1, 1) if isinstance(rows, int) else rows.indices(len(self))
+        out = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
+        for file, first, last in zip(self._files, self._starts, self._starts[1:], strict=False):
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                out[low - start : high - start] = self._open(file)[low - first : high - first]
+        return out[0] if isinstance(rows, int) else out
+
+    @staticmethod
+    def _open(file: Path) -> np.ndarray:
+        import numpy as np
+
+        try:
+            return np.load(file, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise ProbekitError(f"{str(file)!r}: is damaged or missing; delete its unit, the same command makes it again") from error
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file completely or not at all: temporary file, fsync, rename."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
+def _save_array(array: np.ndarray, path: Path) -> None:
+    import numpy as np
+
+    with path.open("wb") as file:
+        np.save(file, array)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
+
+
+class _whole_folder:
+    """A folder that appears at once, with all that was written into it; one that is there gives way."""
+
+    def __init__(self, final: Path) -> None:
+        self.final, self.partial = final, final.with_name(f"{final.name}.{os.getpid()}.partial")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        return self.partial
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            shutil.rmtree(self.final, ignore_errors=True)
+            try:
+                self.partial.rename(self.final)
+            except OSError:  # another process was quicker, with the same content
+                if not self.final.is_dir():
+                    raise
+        shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_bytes())
-        return {key: config[key] for key in ("experiment", "probekit", "options", "command")}
+        if not isinstance(config, dict):
+            raise TypeError
+        form = config.get("form", 1)
+        if form == FORM:
+            checked = {key: config[key] for key in ("experiment", "form", "probekit", "options", "inputs", "command")}
+            if not (isinstance(checked["options"], dict) and isinstance(checked["inputs"], dict)):
+                raise TypeError
+            return checked
+        version = config["probekit"]
     except OSError as error:
         raise ProbekitError(f"run {str(folder)!r}: no run folder, it has no config.json") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ProbekitError(f"run {str(folder)!r}: its config.json is damaged") from error
-
-
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn an OSError inside into the ProbekitError that says that the folder cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise ProbekitError(f"--out {str(folder)!r}: cannot be written ({error.strerror or error})") from error
+    raise ProbekitError(
+        f"run {str(folder)!r}: written by probekit {version} in form {form}, this one reads form {FORM}; run it again elsewhere"
+    )

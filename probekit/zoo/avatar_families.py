@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from probekit.bundled import weights
 from probekit.data.avatars import IMAGE_SIZE, TRAIN, Avatars
-from probekit.models import glow, stylegan2, vae, vqvae
+from probekit.models.families import glow, stylegan2, vae, vqvae
 from probekit.zoo.measured import Measured
 from probekit.zoo.training import Schedule, train
 
@@ -67,10 +67,9 @@ def evaluate(name: str, n: int, seed: int) -> list[Measured]:
     from probekit.metrics import lpips
     from probekit.metrics.distributions import alexnet_features, frechet
     from probekit.metrics.readers import avatar_reader
-    from probekit.models import Model, load
+    from probekit.models import load
 
     model, avatars = load(name, device="cpu"), Avatars()
-    assert isinstance(model, Model)
     index = avatars.split("test")[:n]
     generator = torch.Generator().manual_seed(seed)
     test = avatars.images(index)
@@ -82,8 +81,8 @@ def evaluate(name: str, n: int, seed: int) -> list[Measured]:
         return torch.cat([work(part) for part in track(torch.split(items, 100), f"{name}: {what}")])
 
     nan = float("nan")
-    both = [s for s in model.spaces.values() if s.encoder and s.decoder]
-    space = model.spaces.get("mean") or model.spaces.get("inverted") or (both[0] if both else None)
+    both = {s.name: s for s in model.spaces.values() if s.encoder and s.decoder}
+    space = both.get("mean") or both.get("inverted") or next(iter(both.values()), None)
     psnr = perceptual = accuracy = of_rebuilt = of_samples = nan
     reference = alexnet_features(test)
     if space is not None:
@@ -237,18 +236,18 @@ def ddpm_scheduler() -> Any:
 
 def ddpm_loss(network: Any, images: Images, generator: torch.Generator) -> tuple[Tensor, Numbers]:
     """Mean squared error of the predicted velocity at uniformly drawn timesteps."""
-    from probekit.models import ddpm
+    from probekit.models.families import pixels
 
-    return ddpm.loss(network, images, generator, ddpm_scheduler())
+    return pixels.loss(network, images, generator, ddpm_scheduler())
 
 
 def rectified_flow_loss(network: Any, images: Images, generator: torch.Generator) -> tuple[Tensor, Numbers]:
     """Mean squared error of the velocity from image to noise at uniformly drawn times (Liu et al. 2023, equation 1)."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from probekit.models import ddpm
+    from probekit.models.families import pixels
 
-    return ddpm.loss(network, images, generator, FlowMatchEulerDiscreteScheduler())
+    return pixels.loss(network, images, generator, FlowMatchEulerDiscreteScheduler())
 
 
 def build_ldm() -> nn.Module:

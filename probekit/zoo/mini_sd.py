@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from probekit.data.scenes import PLACES, SIZES, render, split
-from probekit.runs import write_whole
+from probekit.files import write_whole
 from probekit.zoo.measured import Measured
 from probekit.zoo.training import Schedule, train
 
@@ -151,12 +151,12 @@ def evaluate(n: int = 500, seed: int = 1) -> list[Measured]:
     The bars are the ones this model is meant to reach; size has none. The last row is the reader on the autoencoder's
     reconstructions of drawn scenes.
     """
-    from probekit.bundled import GUIDANCE, weights
+    from probekit.bundled import GUIDANCE
+    from probekit.metrics.readers import scene_reader
     from probekit.data.scenes import VALUES, labels, sample_scenes
-    from probekit.models import load_text_to_image
-    from probekit.zoo import scene_reader
+    from probekit.models import load
 
-    model, reader = load_text_to_image("mini-sd", device="cpu"), scene_reader.load(weights("scene-reader"))
+    model, reader = load("mini-sd", device="cpu"), scene_reader()
     generator = torch.Generator().manual_seed(seed)
     scenes = sample_scenes(n, generator, held_out=True)
     drawn = render(scenes, generator)
@@ -165,8 +165,8 @@ def evaluate(n: int = 500, seed: int = 1) -> list[Measured]:
         task = progress.add_task("mini-sd paints", total=n)
         for i in range(0, n, 50):
             captions = [s.caption for s in scenes[i : i + 50]]
-            seeds = range(seed * 1_000_003 + i, seed * 1_000_003 + i + len(captions))
-            images = model.generate(captions, seeds, num_inference_steps=20, guidance_scale=GUIDANCE["mini-sd"])
+            options = {"num_inference_steps": 20, "guidance_scale": GUIDANCE["mini-sd"]}
+            images = model.generate(captions, range(i, i + len(captions)), seed=seed, **options)
             seen.append(reader.read(images))
             with torch.no_grad():
                 vae = model.pipeline.vae

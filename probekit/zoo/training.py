@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from probekit.hooks.errors import ProbekitError
+from probekit.seeds import numbered
 
 Loss = Callable[[nn.Module, torch.Generator], tuple[Tensor, dict[str, float]]]
 """One training step's loss of a module: draws its own batch from the generator; also returns numbers to show."""
@@ -113,7 +114,7 @@ def train(
         for step in range(first, schedule.steps):
             if worker is not module:
                 torch._foreach_copy_([p.data for p in worker_parameters], parameters)
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+            generator = numbered(seed, step)
             value, shown = loss(worker, generator)
             torch.autograd.backward(value)
             if worker is not module:

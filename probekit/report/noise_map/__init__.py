@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probekit.report.figures import command_line, render, save_figure, style
-from probekit.runs import write_whole
+from probekit.report.figures import render, save_figure, style
+from probekit.report.findings import Findings, Table
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from probekit.runs.folder import Run
 
 TO_NOISE = "x0 -> xT"
 """For each sample the nearest noise."""
@@ -45,7 +47,7 @@ def unit(steps: int) -> str:
 
 def headline(config: dict[str, Any], rows: pd.DataFrame) -> str:
     """The finding in numbers."""
-    options, n, chance = config["options"], rows.n.iloc[0], rows.chance.iloc[0]
+    options, n, chance = config["options"] | config["inputs"], rows.n.iloc[0], rows.chance.iloc[0]
     back, forth = (rows[rows.direction == direction].set_index("steps") for direction in (TO_NOISE, TO_SAMPLE))
     name, kind = Path(options["model"]).name, _KINDS[options["prediction"]].format(options["space"])
     said = (
@@ -60,27 +62,21 @@ def headline(config: dict[str, Any], rows: pd.DataFrame) -> str:
     return said if any(clear.any() for clear in surer.values()) else f"{said} Neither way is clearly the surer one."
 
 
-def print_matches(config: dict[str, Any], rows: pd.DataFrame) -> None:
-    """One line a number of steps and direction, with the paper's numbers beside."""
-    from rich.table import Table
-
-    from probekit.report.terminal import console
-
-    options = config["options"]
+def findings(run: Run, rows: pd.DataFrame) -> Findings:
+    """What a run's rows come to."""
+    options = run.config["options"]
     found = f"the nearest of {options['n']:,} by L2 is the own one, in percent ± std of {options['splits']} splits"
-    table = Table(title=f"{Path(options['model']).name}: {found}", title_justify="left")
-    for heading in ("steps", "direction", "accuracy", "95% interval", "chance", "to own", "to nearest other", *_headings()):
-        table.add_column(heading, justify="left" if heading == "direction" else "right")
-    for r in _told(rows):
-        table.add_row(
-            f"{r['steps']:,}", r["direction"], r["accuracy"], r["interval"], r["chance"], r["own"], r["other"], *r["paper"]
-        )
-    console().print(table)
+    columns = ("steps", "direction", "accuracy", "95% interval", "chance", "to own", "to nearest other", *_headings())
+    told = [
+        (f"{r['steps']:,}", r["direction"], r["accuracy"], r["interval"], r["chance"], r["own"], r["other"], *r["paper"])
+        for r in _told(rows)
+    ]
+    table = Table(f"{Path(options['model']).name}: {found}", columns, told, text=("direction",))
+    return Findings(run, rows, [table], lambda: _page(run, rows), ("accuracy",), headline(run.config, rows))
 
 
-def write_report(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> Path:
-    """Write figures/ (PNG and SVG) and report.html; returns the page's path."""
-    (folder / "figures").mkdir(exist_ok=True)
+def _page(run: Run, rows: pd.DataFrame) -> bytes:
+    folder, config = run.folder, run.config
     accuracy = save_figure(_lines(config, rows), folder / "figures" / "accuracy")
     examples = []
     for steps, group in rows.groupby("steps", sort=False):
@@ -88,15 +84,12 @@ def write_report(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> Pa
         svg = save_figure(_examples(folder, int(steps)), folder / "figures" / f"nearest-{steps}") if drawn else ""
         told = " ".join(_mistakes(row) for row in group.itertuples())
         examples.append({"steps": steps, "svg": svg, "told": told, "wide": group[group.direction == TO_SAMPLE].wrong.any()})
-    page = render(
-        "noise_map.html",
-        config=config, options=config["options"], name=Path(config["options"]["model"]).name,
-        command=command_line(config["command"]), headline=headline(config, rows), accuracy=accuracy, examples=examples,
+    return render(
+        "noise_map/page.html",
+        run,
+        name=Path(config["options"]["model"]).name, headline=headline(config, rows), accuracy=accuracy, examples=examples,
         rows=_told(rows), headings=_headings(), to_noise=TO_NOISE,
     )  # fmt: skip
-    report = folder / "report.html"
-    write_whole(report, page)
-    return report
 
 
 def _told(rows: pd.DataFrame) -> list[dict[str, Any]]:

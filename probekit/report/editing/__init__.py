@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from probekit.report.figures import command_line, render, save_figure, style
-from probekit.runs import file_name, write_whole
+from probekit.files import file_name, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd

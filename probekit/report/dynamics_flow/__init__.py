@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probekit.report.figures import command_line, render, save_figure, style
-from probekit.runs import write_whole
+from probekit.files import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,7 +12,7 @@ from PIL import Image
 
 from probekit.metrics.roles import EVERYTHING, NO_ROLE, roles, summarise
 from probekit.report.figures import command_line, data_url, render, save_figure, style
-from probekit.runs import write_whole
+from probekit.files import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probekit.report.figures import command_line, data_url, render, save_figure, style
-from probekit.runs import write_whole
+from probekit.files import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,0 +1,49 @@
+"""Latents on disk: encode a data set once, for the other experiments and for one's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from probekit.hooks.errors import ProbekitError
+from probekit.runs.experiment import Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentsEncode(Options):
+    """Write the latents of a data set: a zarr array, with labels and where they come from beside it."""
+
+    model: Annotated[str, typer.Argument(help="MODEL, MODEL:SPACE or MODEL:SPACE:key=value; file.py:Class for one's own.")]
+    data: Annotated[str, typer.Option(help="avatars, scenes, celeba:PATH, folder:PATH or a folder.")] = "avatars"
+    split: Annotated[str, typer.Option(help="train or test.")] = "test"
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="How many images, the split's first. [default: all of them]")
+    ] = None
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of noise.")] = 0
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto"
+    out: Annotated[Path | None, typer.Option(help="The folder to write to. [default: runs/latents/…]")] = None
+
+    def run(self) -> str:
+        """Encode what is not yet; returns what was done. Raises ProbekitError for what cannot be encoded, and as `LatentStore`."""
+        from probekit.data import load_data
+        from probekit.latents.codes import common_size
+        from probekit.latents.store import LatentStore, default_folder
+        from probekit.models import load_space
+        from probekit.progress import progress
+
+        if "," in self.model:
+            raise ProbekitError(f"model {self.model!r}: one at a time")
+        space = load_space(self.model, device=self.device)
+        dataset = load_data(self.data, common_size([space]))
+        index = dataset.split(self.split)
+        if self.n is not None and self.n > len(index):
+            raise ProbekitError(f"--n {self.n}: the {self.split} split of {dataset.name} has {len(index)} images")
+        folder = self.out or default_folder(space, dataset, self.seed)
+        store = LatentStore(folder, space, dataset, seed=self.seed)
+        wanted = index[: self.n]
+        with progress(f"{space} encodes {dataset.name}", len(wanted)) as advance:
+            store.encode(wanted, advance)
+        return f"{len(wanted)} latents of {'x'.join(map(str, space.shape))}: {folder}"

@@ -1,0 +1,1 @@
+"""Runs: a unit of work, a run's folder, and the engines that run units."""
