@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +91,9 @@ class LatentStore:
         latents that are not finite.
         """
         (self.folder / "labels").mkdir(exist_ok=True)
-        for block in np.unique(np.asarray(indices, dtype=np.int64) // BLOCK).tolist():
+        blocks = np.unique(np.asarray(indices, dtype=np.int64) // BLOCK)
+        # several processes that fill one store begin at different blocks, and leave out what the others have done
+        for block in np.roll(blocks, -os.getpid() % max(len(blocks), 1)).tolist():
             # written last, the labels say that the block is whole
             mark = self.folder / "labels" / f"{block:06d}.parquet"
             numbers = self._numbers(block)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,12 +34,12 @@ def run(
     inputs = experiment.inputs()
     units = experiment.plan()
     opened = Run(out or experiment.default_folder(inputs), experiment.name, experiment.options, inputs, sys.argv)
-    mine = _of_shard(units, *part)
+    queue = _Queue(units, _of_shard(units, *part), opened)
     try:
         if kind == "ray":
-            _with_ray(experiment, opened, units, mine, address or None, workers)
+            _with_ray(experiment, opened, queue, address or None, workers)
         else:
-            _here(experiment, opened, units, mine)
+            _here(experiment, opened, queue)
     except KeyboardInterrupt:
         done = sum(opened.finished(unit.name) for unit in units)
         raise KeyboardInterrupt(
@@ -60,21 +60,51 @@ def _of_shard(units: Sequence[Unit], part: int, whole: int) -> list[Unit]:
     return [unit for unit in units if (unit.group or unit.name) in mine]
 
 
-def _sorted(units: Sequence[Unit], wanted: Sequence[Unit], opened: Run) -> list[Unit]:
-    """The unfinished units among those wanted, each after the unfinished ones that it needs, whoever they belong to."""
-    by_name = {unit.name: unit for unit in units}
-    found: dict[str, Unit] = {}
+class _Queue:
+    """Which unit is to be done next.
 
-    def add(unit: Unit) -> None:
-        if unit.name not in found and not opened.finished(unit.name):
-            for need in unit.needs:
-                add(by_name[need])
-            found[unit.name] = unit
+    A shard does its own units that need nothing, then those of its own whose needs are there. What needs units of other shards is
+    left to whoever finds those done, and in the end to the last.
+    """
 
-    for unit in wanted:
-        add(unit)
-    # what needs nothing first: by the time that the others are due, other shards may have done what those need
-    return sorted(found.values(), key=lambda unit: bool(unit.needs))
+    def __init__(self, units: Sequence[Unit], mine: Sequence[Unit], opened: Run) -> None:
+        self.units, self.opened = units, opened
+        self._mine = {unit.name for unit in mine}
+        self._done = {unit.name for unit in units if opened.finished(unit.name)}
+        self._given: set[str] = set()
+        self.total = sum(unit.size for unit in mine)
+        self.at_start = sum(unit.size for unit in mine if unit.name in self._done)
+
+    def next(self) -> Unit | None:
+        """A unit that can be done now, None where there is none (yet)."""
+        for unit in (*self._open(self._mine, needy=False), *self._open(self._mine, needy=True)):
+            return self._give(unit)
+        if self._leaves_done():
+            for unit in self._open({unit.name for unit in self.units}, needy=True):
+                return self._give(unit)
+        return None
+
+    def give_back(self, unit: Unit) -> None:
+        """The unit is not done after all."""
+        self._given.discard(unit.name)
+
+    def _give(self, unit: Unit) -> Unit:
+        self._given.add(unit.name)
+        return unit
+
+    def _open(self, names: set[str], *, needy: bool) -> Iterator[Unit]:
+        for unit in self.units:
+            if unit.name in names and bool(unit.needs) == needy and unit.name not in self._given and not self._finished(unit.name):
+                if all(self._finished(need) for need in unit.needs):
+                    yield unit
+
+    def _leaves_done(self) -> bool:
+        return all(self._finished(unit.name) for unit in self.units if not unit.needs)
+
+    def _finished(self, name: str) -> bool:
+        if name not in self._done and self.opened.finished(name):
+            self._done.add(name)
+        return name in self._done
 
 
 @dataclass
@@ -105,11 +135,9 @@ def _do(experiment: Experiment, opened: Run, unit: Unit, advance: Advance) -> No
     bench.advance(bench.left)
 
 
-def _here(experiment: Experiment, opened: Run, units: Sequence[Unit], mine: Sequence[Unit]) -> None:
-    waiting = _sorted(units, mine, opened)
-    total = sum(unit.size for unit in {*mine, *waiting})
-    with progress(experiment.name, total, done=total - sum(unit.size for unit in waiting)) as advance:
-        for unit in waiting:
+def _here(experiment: Experiment, opened: Run, queue: _Queue) -> None:
+    with progress(experiment.name, queue.total, done=queue.at_start) as advance:
+        while (unit := queue.next()) is not None:
             _do(experiment, opened, unit, advance)
 
 
@@ -135,62 +163,56 @@ class _Worker:
         return None
 
 
-def _with_ray(
-    experiment: Experiment, opened: Run, units: Sequence[Unit], mine: Sequence[Unit], address: str | None, workers: int | None
-) -> None:
+def _with_ray(experiment: Experiment, opened: Run, queue: _Queue, address: str | None, workers: int | None) -> None:
     """Hand units out as workers come free, one worker a device; a dead worker is replaced and its unit done again."""
     try:
         import ray
     except ImportError as error:
         raise ProbekitError("--engine ray: needs the package ray; pip install 'probekit[ray]'") from error
-    waiting = _sorted(units, mine, opened)
-    if not waiting:
-        return
     started = not ray.is_initialized()
     if started:
+        here = {"include_dashboard": False} if address is None else {}
         try:
-            ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None, configure_logging=False)
+            ray.init(address=address, log_to_driver=False, configure_logging=False, **here)
         except Exception as error:  # Ray raises a dozen kinds
-            raise ProbekitError(f"--engine ray:{address}: no cluster there ({' '.join(str(error).split())[:160]})") from error
+            raise ProbekitError(f"--engine ray:{address}: no cluster there ({_first_line(error)})") from error
     try:
-        _hand_out(ray, experiment, opened, waiting, workers, {*mine, *waiting})
+        _hand_out(ray, experiment, opened, queue, workers)
     finally:
         if started:
             ray.shutdown()
 
 
-def _hand_out(ray: Any, experiment: Experiment, opened: Run, waiting: list[Unit], workers: int | None, all_: set[Unit]) -> None:
-    devices = int(ray.cluster_resources().get("GPU", 0))
-    wants_gpu = devices > 0 and experiment.device in ("auto", "cuda")
-    count = min(workers or (devices if wants_gpu else 1), len(waiting))
-    threads = max(1, (os.cpu_count() or 1) // count)
+def _hand_out(ray: Any, experiment: Experiment, opened: Run, queue: _Queue, workers: int | None) -> None:
+    devices = int(ray.cluster_resources().get("GPU", 0)) if experiment.device in ("auto", "cuda") else 0
+    count = workers or max(devices, 1)
     # more workers than devices share them; the processor is never what they wait for
-    resources = {"num_gpus": min(1.0, devices / count) if wants_gpu else 0, "num_cpus": 0}
+    resources = {"num_gpus": min(1.0, devices / count), "num_cpus": 0}
     make = ray.remote(**resources)(_Worker)
 
     def new() -> Any:
+        threads = max(1, (os.cpu_count() or 1) // count)
         return make.remote(experiment, str(opened.folder.absolute()), str(Path.cwd()), threads)
 
-    idle, busy, tries = [new() for _ in range(count)], dict[Any, tuple[Any, Unit]](), dict[str, int]()
-    left = list(waiting)
-    total = sum(unit.size for unit in all_)
-    with progress(experiment.name, total, done=total - sum(unit.size for unit in waiting)) as advance:
-        while left or busy:
-            ready = [u for u in left if all(opened.finished(need) for need in u.needs)]
-            for unit in ready[: len(idle)]:
-                left.remove(unit)
-                worker = idle.pop()
+    idle: list[Any] = []
+    busy: dict[Any, tuple[Any, Unit]] = {}
+    deaths: dict[str, int] = {}
+    with progress(experiment.name, queue.total, done=queue.at_start) as advance:
+        while True:
+            while len(busy) < count and (unit := queue.next()) is not None:
+                worker = idle.pop() if idle else new()
                 busy[worker.do.remote(unit)] = (worker, unit)
+            if not busy:
+                return
             (done,), _ = ray.wait(list(busy), num_returns=1)
             worker, unit = busy.pop(done)
             try:
                 said = ray.get(done)
             except ray.exceptions.RayActorError as error:
-                tries[unit.name] = tries.get(unit.name, 0) + 1
-                if tries[unit.name] >= TRIES:
-                    raise ProbekitError(f"unit {unit.name!r}: {TRIES} workers have died of it ({_first_line(error)})") from error
-                left.insert(0, unit)
-                idle.append(new())
+                deaths[unit.name] = deaths.get(unit.name, 0) + 1
+                if deaths[unit.name] == TRIES:
+                    raise ProbekitError(f"unit {unit.name!r}: {TRIES} workers died of it ({_first_line(error)})") from error
+                queue.give_back(unit)
                 continue
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
