@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
 from probekit.zoo.scene_clip import MAX_TOKENS, tokenizer
+
+
+class Golden(NamedTuple):
+    """What a paper's own code gave: its network's weights, the tensors that went in and came out, and its configuration."""
+
+    state: dict[str, Tensor]
+    case: dict[str, Tensor]
+    config: dict[str, Any]
+
+
+def golden(name: str) -> Golden:
+    with safe_open(Path(__file__).parent / "golden" / f"{name}.safetensors", "pt") as file:
+        config = {key: json.loads(value) for key, value in file.metadata().items()}
+        held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    state = {key.removeprefix("state/"): value for key, value in held.items() if key.startswith("state/")}
+    return Golden(state, {key: value for key, value in held.items() if not key.startswith("state/")}, config)
 
 
 def scramble(module: torch.nn.Module) -> torch.nn.Module:

@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from probekit.errors import ProbekitError
 from probekit.models import checkpoint, stylegan2
 from probekit.models.stylegan2 import Discriminator, Generator
+from tests.conftest import golden
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "stylegan2_ada.safetensors"
 SMALL: dict[str, Any] = {
     "z_dim": 12, "w_dim": 16, "image_size": 16, "mapping_layers": 2, "channels": [10, 8, 6], "conv_clamp": 256.0, "c_dim": 0,
 }  # fmt: skip
@@ -44,26 +43,19 @@ def network(**changes: Any) -> Generator:
     return made
 
 
-@pytest.fixture(scope="module")
-def golden() -> dict[str, Tensor]:
-    if not GOLDEN.is_file():
-        pytest.skip(f"no golden tensors at {GOLDEN}")
-    return load_file(GOLDEN)
-
-
 @torch.no_grad()
-def test_the_networks_give_what_the_reference_gives(golden: dict[str, Tensor]) -> None:
-    state = {key.removeprefix("state/"): value for key, value in golden.items() if key.startswith("state/")}
+def test_the_networks_give_what_the_reference_gives() -> None:
+    state, case, _ = golden("stylegan2_ada")
     assert stylegan2.matches(state)
     made = stylegan2.build(stylegan2.config_of(state)).eval()
     made.load_state_dict(state)
-    assert torch.allclose(made.mapping(golden["z"]), golden["ws"], atol=1e-5)
-    assert torch.allclose(made.mapping(golden["z"], 0.7), golden["ws_truncated_0.7"], atol=1e-5)
+    assert torch.allclose(made.mapping(case["z"]), case["ws"], atol=1e-5)
+    assert torch.allclose(made.mapping(case["z"], 0.7), case["ws_truncated_0.7"], atol=1e-5)
     for noise in ("const", "none"):
-        images = made(golden["z"], noise=noise)
-        assert torch.allclose(images, golden[f"image_noise_{noise}"], atol=2e-5)
+        images = made(case["z"], noise=noise)
+        assert torch.allclose(images, case[f"image_noise_{noise}"], atol=2e-5)
     w = stylegan2.model(made, "own").space("w")
-    assert torch.allclose(w.decode(golden["ws"][:, 0]), golden["image_noise_const"].clamp(-1, 1), atol=2e-5)
+    assert torch.allclose(w.decode(case["ws"][:, 0]), case["image_noise_const"].clamp(-1, 1), atol=2e-5)
 
 
 # what stylegan2-ada-pytorch does when it pickles: torch_utils/persistence.py
