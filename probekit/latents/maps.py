@@ -167,7 +167,7 @@ class RidgeSolver:
         self._matrix: Array | None = matrix
 
     @classmethod
-    def from_blocks(cls, blocks: Iterable[Float[Array, "rows d_in"]]) -> Self:
+    def from_blocks(cls, blocks: Iterable[Float[Array, "_rows d_in"]]) -> Self:
         """The solver of latents that do not fit in memory, from one pass over blocks of their rows.
 
         It knows only X^T X: it serves `LinearMap.fit_blocks`, and cannot choose by leave-one-out.
@@ -505,7 +505,9 @@ class LinearMap(_Penalised):
         return self._set(solver, target, solver._coef(target, self._penalty(solver, target)), flat=flat)
 
     def fit_blocks(
-        self, blocks: Iterable[tuple[Float[Array, "rows d_in"], Float[Array, "rows d_out"]]], solver: RidgeSolver | None = None
+        self,
+        blocks: Iterable[tuple[Float[Array, "_rows d_in"], Float[Array, "_rows d_out"]]],
+        solver: RidgeSolver | None = None,
     ) -> Self:
         """Fit in one pass over blocks of rows of X and Y, for latents that do not fit in memory; d_in x d_in must.
 
