@@ -15,8 +15,7 @@ from probekit import ProbekitError
 from probekit.models import Model, ddpm, load_diffusion
 from probekit.models.checkpoint import read
 from probekit.models.ddpm_checkpoints import from_ermon, from_openai, is_ermon, is_openai, published_scheduler
-from tests.conftest import golden
-from tests.test_sampling import smooth, tiny
+from tests.conftest import golden, smooth, tiny
 
 State = dict[str, Tensor]
 
