@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -9,7 +10,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
+from probekit import hooks
+from probekit.metrics.lpips import distance, features
 from probekit.report.images import load_png
 from tests.conftest import killed, probekit, process, refused
 
@@ -70,6 +74,34 @@ def test_a_sweep_of_ones_own_pairs_from_start_to_report(tiny_folder: Path, pairs
 
     assert "seed 0 there, 5 here" in refused(*sweep, "--seed", "5")
     assert {p: p.read_bytes() for p in out.rglob("*.parquet")} == kept
+
+
+MIDDLE = ["down_blocks.1.resnets.0", "mid_block.attentions.0", "up_blocks.0.resnets.0"]
+
+
+def test_what_a_sweep_writes_under_a_layers_name_is_of_that_layer_and_window(
+    tiny_sd: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    original, edit = "a red fish", "a blue star"
+    sweep = ["inject", "sweep", "--model", tiny_folder, "--prompt-original", original, "--prompt-edit", edit, "--guidance", "2",
+             "--num-steps", "4", "--by-time", "--windows", "2", *(f"--layers={name}" for name in MIDDLE)]  # fmt: skip
+    assert probekit(*sweep, "--out", tmp_path).returncode == 0
+    rows = pd.read_parquet(tmp_path / "results.parquet").set_index(["layer", "window", "donor", "descriptor"])
+    windows = {"all": (0, 1, 2, 3), "0%-50%": (0, 1), "50%-100%": (2, 3)}
+    made = {}
+    for (layer, window), chosen in {(la, window): steps for la in MIDDLE for window, steps in windows.items()}.items():
+        rule = {1: [hooks.Injection(layer, steps=hooks.Steps(indices=chosen))]}
+        generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+        with hooks.inject(tiny_sd.unet, rule, schedule=tiny_sd.scheduler, rows=2):
+            call = tiny_sd([edit, original], generator=generators, num_inference_steps=4, guidance_scale=2.0, output_type="pt")
+        of_e, of_o = call.images * 2 - 1
+        made[layer, window] = of_o
+        written = load_png(tmp_path / "images" / "own-00" / f"{window.replace('%', 'pct')}_{layer}.png")
+        assert (written - of_o).abs().max() <= 1.02 / 255, (layer, window)  # half a grey level of 2 / 255
+        lpips = distance(*features(torch.stack([of_e, of_o])))
+        assert rows.to_edit[layer, window, "edit", "lpips"] == pytest.approx(lpips, abs=1e-4), (layer, window)
+    apart = {pair: (made[pair[0]] - made[pair[1]]).abs().max().item() for pair in itertools.combinations(made, 2)}
+    assert min(apart.values()) > 2.1 / 255, min(apart, key=lambda pair: apart[pair])  # or a swap could not be seen
 
 
 def test_by_time_gives_a_map_of_layers_and_windows(tiny_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
