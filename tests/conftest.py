@@ -1,13 +1,125 @@
-"""Tiny pipelines of every family, built from their configs with random weights."""
+"""What several files of tests need: the command line, golden tensors, tiny models of every family with random weights."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import copy
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
 
+import jaxtyping
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
+from probekit.cli import main
 from probekit.zoo.scene_clip import MAX_TOKENS, tokenizer
+
+# --- the command line --------------------------------------------------------------------------------------------------
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+    error: BaseException | None
+    """What ended it."""
+
+
+def probekit(*arguments: object, cwd: Path | str = ".") -> Done:
+    """The command line, in this process: a process of its own takes seconds to import torch. What is no error of the user's
+    is raised."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["probekit", *map(str, arguments)]),
+        mock.patch.dict(os.environ, COLUMNS="200"),  # tables are not wrapped
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    return Done(int(ended.value.code or 0), out.getvalue(), err.getvalue(), ended.value.__context__)
+
+
+def refused(*arguments: object, cwd: Path | str = ".") -> str:
+    """What the command line says where it refuses: one line, with exit code 2."""
+    done = probekit(*arguments, cwd=cwd)
+    assert done.returncode == 2, done
+    assert done.stderr.startswith("probekit: ") and done.stderr.count("\n") == 1, done.stderr
+    assert "\n" not in str(done.error)  # which the command line would have made one line of
+    return done.stderr
+
+
+def process(*arguments: object, cwd: Path | str = ".") -> subprocess.Popen[str]:
+    """The command line in a process of its own, which can be killed, and whose start and end are those that a user sees."""
+    command = [sys.executable, "-c", "from probekit.cli import main; main()", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def killed(*arguments: object, cwd: Path, when: Callable[[], bool]) -> None:
+    """Start a run and kill it, as soon as may be after `when`."""
+    with process(*arguments, cwd=cwd) as run:
+        while run.poll() is None and not when():
+            time.sleep(0.002)
+        run.kill()
+    assert run.returncode == -9 and when(), f"it was over, with exit code {run.returncode}, before it could be killed"
+
+
+def killed_once(arguments: Sequence[object], cwd: Path, out: str, *, again: Sequence[object] | None = None) -> dict[Path, int]:
+    """Start a run, kill it after its first unit, start it (or `again`) again; the first units and when they were written."""
+    units = cwd / out / "units"
+    killed(*arguments, "--out", out, cwd=cwd, when=lambda: any(units.glob("*.parquet")))
+    assert not (cwd / out / "results.parquet").exists(), "it was over before it could be killed"
+    finished = {path: path.stat().st_mtime_ns for path in units.glob("*.parquet")}
+    second = probekit(*(again or arguments), "--out", out, cwd=cwd)
+    assert second.returncode == 0, second.stderr
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished  # what was done is not done again
+    return finished
+
+
+# --- shapes and golden tensors -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def any_shape() -> Iterator[None]:
+    """For what is called with other than its annotations say, and must cope: shapes are not checked meanwhile."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+class Golden(NamedTuple):
+    """What a paper's own code gave: its network's weights, the tensors that went in and came out, and its configuration."""
+
+    state: dict[str, Tensor]
+    case: dict[str, Tensor]
+    config: dict[str, Any]
+
+
+def golden(name: str) -> Golden:
+    with safe_open(Path(__file__).parent / "golden" / f"{name}.safetensors", "pt") as file:
+        config = {key: json.loads(value) for key, value in file.metadata().items()}
+        held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    state = {key.removeprefix("state/"): value for key, value in held.items() if key.startswith("state/")}
+    return Golden(state, {key: value for key, value in held.items() if not key.startswith("state/")}, config)
+
+
+# --- models ------------------------------------------------------------------------------------------------------------
 
 
 def scramble(module: torch.nn.Module) -> torch.nn.Module:
@@ -35,6 +147,26 @@ def tiny_vae() -> Any:
             shift_factor=0.0,
         )
     )
+
+
+def tiny(**options: Any) -> Any:
+    """A UNet2DModel of two levels."""
+    from diffusers import UNet2DModel
+
+    config: dict[str, Any] = {
+        "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return scramble(UNet2DModel(**config | options))
+
+
+def smooth() -> Any:
+    """A network whose prediction changes little with its input, as a trained one's."""
+    unet = tiny()
+    for p in unet.conv_out.parameters():
+        p.data *= 0.1
+    return unet
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +229,21 @@ def tiny_flux() -> Any:
     return pipeline
 
 
+@pytest.fixture
+def ldm_folder(tmp_path: Path) -> Path:
+    """An LDMPipeline, as CompVis/ldm-celebahq-256."""
+    from diffusers import DDIMScheduler, LDMPipeline, VQModel
+
+    torch.manual_seed(0)
+    vq = VQModel(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=3, num_vq_embeddings=16, norm_num_groups=4, sample_size=16, scaling_factor=0.5,
+    )  # fmt: skip
+    pipeline = LDMPipeline(vqvae=scramble(vq), unet=tiny(), scheduler=DDIMScheduler(clip_sample=False))
+    pipeline.save_pretrained(tmp_path / "ldm")
+    return tmp_path / "ldm"
+
+
 def embedded(seed: int, *, negative: bool) -> dict[str, Any]:
     """A row for the pipelines that are given embeddings."""
     generator = torch.Generator().manual_seed(seed)
@@ -107,3 +254,74 @@ def embedded(seed: int, *, negative: bool) -> dict[str, Any]:
     if negative:
         row |= {"negative_prompt_embeds": torch.zeros(1, 5, 16), "negative_pooled_prompt_embeds": torch.zeros(1, 8)}
     return row | {"generator": torch.Generator().manual_seed(7)}
+
+
+# --- a pickle of StyleGAN2-ADA ------------------------------------------------------------------------------------------
+
+SOURCE = "class Generator: pass\nclass SynthesisNetwork: pass"
+
+
+@pytest.fixture
+def reference() -> Iterator[Callable[..., bytes]]:
+    """Pickles a generator as stylegan2-ada-pytorch does (torch_utils/persistence.py), its modules importable only meanwhile."""
+
+    class EasyDict(dict):
+        def __getattr__(self, name: str) -> Any:
+            if name not in self:
+                raise AttributeError(name)
+            return self[name]
+
+    def _reconstruct_persistent_obj(meta: Any) -> Any:
+        raise AssertionError("a reader must not call it")
+
+    persistence, dnnlib = types.ModuleType("torch_utils.persistence"), types.ModuleType("dnnlib.util")
+    for made, module in ((_reconstruct_persistent_obj, persistence), (EasyDict, dnnlib)):
+        made.__module__, made.__qualname__ = module.__name__, made.__name__
+        setattr(module, made.__name__, made)
+    stand_ins = {"torch_utils": types.ModuleType("torch_utils"), "torch_utils.persistence": persistence}
+    stand_ins |= {"dnnlib": types.ModuleType("dnnlib"), "dnnlib.util": dnnlib}
+
+    def decorated(base: type, name: str, source: str) -> type:
+        def __reduce__(self: Any) -> Any:
+            state = torch.nn.Module.__reduce__(self)[2]
+            meta = {"type": "class", "version": 6, "module_src": source, "class_name": name, "state": state}
+            return (_reconstruct_persistent_obj, (meta,), None)
+
+        return type(name, (base,), {"__reduce__": __reduce__})
+
+    def disguise(module: torch.nn.Module, source: str, clamp: float | None, **kwargs: Any) -> None:
+        for child in module.children():
+            disguise(child, source, clamp)
+        module.__class__ = decorated(type(module), type(module).__name__.lstrip("_"), source)
+        # what beside tensors is found in a reference module's __dict__
+        module._init_args, module._init_kwargs = (), kwargs
+        module.act_gain = np.sqrt(2)
+        if hasattr(module, "noise_const"):
+            module.activation, module.conv_clamp = "lrelu", clamp
+        if hasattr(module, "bias_gain"):
+            module.weight_gain = np.float64(module.weight_gain)
+            module.activation = "lrelu" if module.bias_gain == 0.01 else "linear"
+
+    def pickled(
+        made: Any,
+        *,
+        source: str = SOURCE,
+        clamp: float | None = 256,
+        protocol: int = 3,
+        change: Callable[[Any], None] = lambda g: None,
+    ) -> bytes:
+        original = copy.deepcopy(made).requires_grad_(False)
+        options = EasyDict(num_layers=2), EasyDict(channel_base=160, conv_clamp=clamp)
+        disguise(original, source, clamp, z_dim=12, c_dim=0, mapping_kwargs=options[0], synthesis_kwargs=options[1])
+        original.num_ws, original.img_resolution = made.num_ws, made.image_size
+        change(original)
+        snapshot = {"G": original, "D": None, "G_ema": original, "augment_pipe": None}
+        sys.modules.update(stand_ins)
+        try:
+            return pickle.dumps(snapshot | {"training_set_kwargs": EasyDict(path="avatars.zip", xflip=True)}, protocol)
+        finally:
+            for name in stand_ins:
+                del sys.modules[name]
+
+    yield pickled
+    assert not stand_ins.keys() & sys.modules.keys()

@@ -1,50 +1,21 @@
 from __future__ import annotations
 
-import os
+import itertools
 import re
-import signal
+import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
+from probekit import hooks
+from probekit.metrics.lpips import distance, features
 from probekit.images import load_png
-
-PROBEKIT = [sys.executable, "-c", "from probekit.cli import main; main()"]
-OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-
-
-def killed_once(arguments: Sequence[object], cwd: Path, out: str, *, again: Sequence[object] | None = None) -> dict[Path, int]:
-    """Start a run, kill it after its first unit, start it (or `again`) again; the first units and when they were written."""
-    process = subprocess.Popen(
-        [*PROBEKIT, *map(str, arguments), "--out", out],
-        env=OFFLINE,
-        cwd=cwd,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    units = cwd / out / "units"
-    while process.poll() is None and not (units.exists() and any(units.glob("*.parquet"))):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (cwd / out / "results.parquet").exists(), "it was over before it could be killed"
-    finished = {path: path.stat().st_mtime_ns for path in units.glob("*.parquet")}
-    assert finished
-    second = probekit(*map(str, again or arguments), "--out", out, cwd=cwd)
-    assert second.returncode == 0, second.stderr
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished  # what was done is not done again
-    return finished
-
-
-def probekit(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*PROBEKIT, *map(str, arguments)], capture_output=True, text=True, env=OFFLINE, cwd=cwd, timeout=1200)
+from tests.conftest import killed, probekit, process, refused
 
 
 @pytest.fixture(scope="session")
@@ -69,8 +40,9 @@ def test_help_and_import_answer_without_torch() -> None:
     heavy = ("torch", "diffusers", "transformers", "matplotlib", "pandas", "numpy")
     code = f"import sys, probekit, probekit.cli; sys.exit(any(m in sys.modules for m in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    shown = probekit("--help")
-    assert shown.returncode == 0 and "inject" in shown.stdout and "layers" in shown.stdout
+    shown = process("--help")
+    said, _ = shown.communicate()
+    assert shown.returncode == 0 and "inject" in said and "layers" in said
 
 
 def test_a_sweep_of_ones_own_pairs_from_start_to_report(tiny_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
@@ -100,9 +72,36 @@ def test_a_sweep_of_ones_own_pairs_from_start_to_report(tiny_folder: Path, pairs
     described = probekit("describe", out)
     assert described.returncode == 0 and "mid_block" in described.stdout
 
-    other = probekit(*sweep, "--seed", "5")
-    assert other.returncode == 2 and "seed 0 there, 5 here" in other.stderr and other.stderr.count("\n") == 1, other.stderr
+    assert "seed 0 there, 5 here" in refused(*sweep, "--seed", "5")
     assert {p: p.read_bytes() for p in out.rglob("*.parquet")} == kept
+
+
+MIDDLE = ["down_blocks.1.resnets.0", "mid_block.attentions.0", "up_blocks.0.resnets.0"]
+
+
+def test_what_a_sweep_writes_under_a_layers_name_is_of_that_layer_and_window(
+    tiny_sd: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    original, edit = "a red fish", "a blue star"
+    sweep = ["inject", "sweep", "--model", tiny_folder, "--prompt-original", original, "--prompt-edit", edit, "--guidance", "2",
+             "--num-steps", "4", "--by-time", "--windows", "2", *(f"--layers={name}" for name in MIDDLE)]  # fmt: skip
+    assert probekit(*sweep, "--out", tmp_path).returncode == 0
+    rows = pd.read_parquet(tmp_path / "results.parquet").set_index(["layer", "window", "donor", "descriptor"])
+    windows = {"all": (0, 1, 2, 3), "0%-50%": (0, 1), "50%-100%": (2, 3)}
+    made = {}
+    for (layer, window), chosen in {(la, window): steps for la in MIDDLE for window, steps in windows.items()}.items():
+        rule = {1: [hooks.Injection(layer, steps=hooks.Steps(indices=chosen))]}
+        generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+        with hooks.inject(tiny_sd.unet, rule, schedule=tiny_sd.scheduler, rows=2):
+            call = tiny_sd([edit, original], generator=generators, num_inference_steps=4, guidance_scale=2.0, output_type="pt")
+        of_e, of_o = call.images * 2 - 1
+        made[layer, window] = of_o
+        written = load_png(tmp_path / "images" / "own-00" / f"{window.replace('%', 'pct')}_{layer}.png")
+        assert (written - of_o).abs().max() <= 1.02 / 255, (layer, window)  # half a grey level of 2 / 255
+        lpips = distance(*features(torch.stack([of_e, of_o])))
+        assert rows.to_edit[layer, window, "edit", "lpips"] == pytest.approx(lpips, abs=1e-4), (layer, window)
+    apart = {pair: (made[pair[0]] - made[pair[1]]).abs().max().item() for pair in itertools.combinations(made, 2)}
+    assert min(apart.values()) > 2.1 / 255, min(apart, key=lambda pair: apart[pair])  # or a swap could not be seen
 
 
 def test_by_time_gives_a_map_of_layers_and_windows(tiny_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
@@ -120,13 +119,9 @@ def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(
     whole = probekit(*sweep, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     out = tmp_path / "killed"
-    process = subprocess.Popen([*PROBEKIT, *map(str, sweep), "--out", str(out)], env=OFFLINE, stdout=subprocess.DEVNULL)
     first = out / "units" / "content-00.parquet"
-    while not first.exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert first.exists() and not (out / "results.parquet").exists()
+    killed(*sweep, "--out", out, cwd=tmp_path, when=first.exists)
+    assert not (out / "results.parquet").exists()
     finished = {p: p.stat().st_mtime_ns for p in (out / "units").glob("*.parquet")}
     assert probekit(*sweep, "--out", out).returncode == 0
     assert {p: p.stat().st_mtime_ns for p in finished} == finished  # not computed twice
@@ -150,11 +145,10 @@ def test_one_custom_injection_and_one_by_a_script(tiny_folder: Path, tmp_path: P
     # the same picture, to the rounding of two ways to write it
     assert (load_png(tmp_path / "a.png") - load_png(tmp_path / "b.png")).abs().max() <= 1.01 / 127.5
     script.write_text("def operation(target, source, context):\n    return target[0]\n")
-    wrong = probekit("inject", "script", script, *prompts, "--out", tmp_path / "c.png")
-    assert wrong.returncode == 2 and "returned" in wrong.stderr and not (tmp_path / "c.png").exists()
+    assert "returned" in refused("inject", "script", script, *prompts, "--out", tmp_path / "c.png")
     script.write_text("def operation(target, source, context):\n    return source.nonsense\n")
-    broken = probekit("inject", "script", script, *prompts, "--out", tmp_path / "c.png")
-    assert broken.returncode == 2 and "mine.py" in broken.stderr and "nonsense" in broken.stderr
+    broken = refused("inject", "script", script, *prompts, "--out", tmp_path / "c.png")
+    assert "mine.py" in broken and "nonsense" in broken and not (tmp_path / "c.png").exists()
 
 
 def test_layers_are_listed(tiny_folder: Path) -> None:
@@ -171,8 +165,6 @@ def bad_inputs(tiny: Path, tmp: Path) -> dict[str, tuple[list[Any], str]]:
     no_yaml.write_text("- {original: [\n")
     seedless = tmp / "seedless.yaml"
     seedless.write_text("- {original: a, edit: b}\n- {original: a, edit: b, seed: x}\n")
-    import shutil
-
     shutil.copytree(tiny, truncated)
     weights = truncated / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -214,13 +206,18 @@ def bad_inputs(tiny: Path, tmp: Path) -> dict[str, tuple[list[Any], str]]:
     }
 
 
+# whose error comes from where libraries have something to say of their own
+TALKATIVE = ("unknown hub id", "a truncated file", "no such layer", "a number that is none")
+
+
 def test_bad_input_is_one_line_and_exit_code_2(tiny_folder: Path, tmp_path: Path) -> None:
     cases = bad_inputs(tiny_folder, tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    with ThreadPoolExecutor(2) as pool:
-        answers = pool.map(lambda case: probekit(*case[0], cwd=tmp_path), cases.values())
-    for (name, (_, said)), answer in zip(cases.items(), answers, strict=True):
-        assert answer.returncode == 2, (name, answer.stderr)
-        assert said in answer.stderr, (name, answer.stderr)
-        assert answer.stderr.startswith("probekit: ") and answer.stderr.count("\n") == 1, (name, answer.stderr)
+    for name, (arguments, said) in cases.items():
+        assert said in refused(*arguments, cwd=tmp_path), name
+    for name in TALKATIVE:
+        arguments, said = cases[name]
+        with process(*arguments, cwd=tmp_path) as run:
+            _, stderr = run.communicate()
+        assert run.returncode == 2 and said in stderr and stderr.count("\n") == 1, (name, stderr)
     assert sorted(tmp_path.rglob("*")) == before

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,22 +15,9 @@ from probekit import ProbekitError
 from probekit.models import Model, ddpm, load_diffusion
 from probekit.models.checkpoint import read
 from probekit.models.ddpm_checkpoints import from_ermon, from_openai, is_ermon, is_openai, published_scheduler
-from tests.test_sampling import smooth, tiny
+from tests.conftest import golden, smooth, tiny
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 State = dict[str, Tensor]
-
-
-def golden(name: str) -> tuple[State, State, dict[str, Any]]:
-    """A golden file's state dict, its inputs and output, and the reference's configuration."""
-    path = GOLDEN / f"{name}.safetensors"
-    if not path.is_file():
-        pytest.skip(f"no golden tensors at {path}")
-    with safe_open(path, "pt") as file:
-        configuration = {key: json.loads(value) for key, value in file.metadata().items()}
-    held = load_file(path)
-    state = {key.removeprefix("state/"): value for key, value in held.items() if key.startswith("state/")}
-    return state, {key: held[key] for key in ("x", "t", "y")}, configuration
 
 
 @torch.no_grad()

@@ -4,9 +4,6 @@ import json
 import math
 import re
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +14,12 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, VQModel
 from torch import Tensor
 
-from probekit.hooks.errors import ProbekitError
 from probekit.metrics.similarity import cka
 from probekit.models import load_diffusion
 from probekit.report.dynamics_diffusion import headline, standings
 from probekit.images import load_png
 from probekit.sampling import sample
-from tests.test_cli import OFFLINE, PROBEKIT, probekit
-from tests.test_sampling import smooth, tiny
+from tests.conftest import killed, probekit, refused, smooth, tiny
 
 STEPS, N = 6, 130
 RUN = ["dynamics", "diffusion", "--model", "my-ddpm", "--steps", str(STEPS), "--n", str(N), "--batch-size", "16"]
@@ -125,14 +120,10 @@ def test_psnr_and_ssim_are_those_of_torchmetrics(folder: Path, rows: pd.DataFram
 
 
 def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(folder: Path) -> None:
-    process = subprocess.Popen([*PROBEKIT, *RUN, "--out", "killed"], env=OFFLINE, cwd=folder, stdout=subprocess.DEVNULL)
     run = folder / "killed"
     unit, mark = run / "units" / "step-000000005.parquet", run / "states" / "step-000000040.done"
-    while process.poll() is None and not (unit.exists() and mark.exists()):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert unit.exists() and not (run / "results.parquet").exists(), "it was over before it could be killed"
+    killed(*RUN, "--out", "killed", cwd=folder, when=lambda: unit.exists() and mark.exists())
+    assert not (run / "results.parquet").exists(), "it was over before it could be killed"
     assert mark.read_text().split()[0] in ("64", "128")  # in the middle of a checkpoint's samples
     finished = {p: p.stat().st_mtime_ns for p in (unit, run / "states" / "step-000000100.npy")}
     again = probekit(*RUN, "--out", "killed", cwd=folder)
@@ -142,19 +133,14 @@ def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(fol
         assert (run / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
 
 
-def test_a_finished_run_is_described_without_its_samples_and_its_report_needs_nothing(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import typer
-
-    from probekit.cli import app
-
+def test_a_finished_run_is_described_without_its_samples_and_its_report_needs_nothing(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(folder / "whole", run)
     shutil.rmtree(run / "states")
     (run / "report.html").unlink()
-    typer.main.get_command(app)(["describe", str(run)], standalone_mode=False)
-    said = capsys.readouterr().out
+    done = probekit("describe", run)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
     assert "noise to sample" in said and "CKA" in said and "mapping between noise and sample" in said
     page = (run / "report.html").read_text()
     assert page == (folder / "whole" / "report.html").read_text()
@@ -219,20 +205,7 @@ def test_an_untrained_checkpoint_and_a_great_many_of_them_have_a_place_in_the_fi
     assert len(chosen) == COLUMNS and chosen[0] == 1 and chosen[-1] == 40 and chosen == sorted(set(chosen))
 
 
-def refused(folder: Path, *options: str) -> str:
-    import typer
-    from probekit.experiments.dynamics import app
-
-    with pytest.raises(ProbekitError) as error:
-        typer.main.get_command(app)(["diffusion", "--device", "cpu", *options], standalone_mode=False)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_bad_input_is_refused_in_one_line_before_anything_is_written(
-    folder: Path, tmp_path: Path, tiny_sd: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_is_refused_in_one_line_before_anything_is_written(folder: Path, tmp_path: Path, tiny_sd: Any) -> None:
     first, last = (folder / "my-ddpm" / f"step-{step:06d}" for step in (5, 100))
     for name in ("one", "mixed", "sizes", "captions"):
         shutil.copytree(last, tmp_path / name / "step-000100")
@@ -240,19 +213,16 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(
     save(tiny(sample_size=16), tmp_path / "sizes" / "step-000005")
     tiny_sd.save_pretrained(tmp_path / "captions" / "step-000005")
     before = sorted(tmp_path.rglob("*"))
-    out = ["--out", "run"]
-    assert "0 checkpoints" in refused(tmp_path, "--model", str(first), *out)
-    assert "1 checkpoints" in refused(tmp_path, "--model", "one", *out)
-    assert "step-000005 is a vqvae, which makes no images from noise" in refused(tmp_path, "--model", "mixed", *out)
-    assert "step 5 has states 3x16x16 and images of 16 pixels, step 100 has states 3x8x8" in refused(
-        tmp_path, "--model", "sizes", *out
-    )
-    assert "step-000005 is a text-to-image pipeline" in refused(tmp_path, "--model", "captions", *out)
-    assert "steps 1001: choose 1 to 1000" in refused(tmp_path, "--model", str(first.parent), "--steps", "1001", *out)
-    assert "--model 'nowhere'" in refused(tmp_path, "--model", "nowhere", *out)
+    for model, said in {
+        first: "0 checkpoints",
+        "one": "1 checkpoints",
+        "mixed": "step-000005 is a vqvae, which makes no images from noise",
+        "sizes": "step 5 has states 3x16x16 and images of 16 pixels, step 100 has states 3x8x8",
+        "captions": "step-000005 is a text-to-image pipeline",
+        "nowhere": "--model 'nowhere'",
+    }.items():
+        assert said in refused("dynamics", "diffusion", "--model", model, "--out", "run", cwd=tmp_path)
+    many = refused("dynamics", "diffusion", "--model", first.parent, "--steps", "1001", "--out", "run", cwd=tmp_path)
+    assert "steps 1001: choose 1 to 1000" in many
+    assert "--n" in refused("dynamics", "diffusion", "--n", "15", "--out", "run", cwd=tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_too_few_noises_are_refused_through_the_command_line(tmp_path: Path) -> None:
-    few = probekit("dynamics", "diffusion", "--n", "15", "--out", "run", cwd=tmp_path)
-    assert few.returncode == 2 and "--n" in few.stderr and few.stderr.count("\n") == 1 and not list(tmp_path.iterdir())

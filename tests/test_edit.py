@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.test_cli import killed_once, probekit
+from tests.conftest import killed_once, probekit, refused
 
 OWN = '''
 import torch
@@ -80,14 +80,6 @@ def test_a_direction_carried_from_a_rotated_copy_does_what_ones_own_does(folder:
         (["--models", "./own.py:Half", "--attributes", "Eyeglasses", "--test", "2"], "--test 2: no image is without Eyeg"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(folder: Path, options: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import typer
-    from probekit.experiments.stitch import app
-
-    from probekit.hooks.errors import ProbekitError
-
-    monkeypatch.chdir(folder)
-    with pytest.raises(ProbekitError) as error:
-        typer.main.get_command(app)([*RUN[1:], "--out", "run", *options], standalone_mode=False)
-    assert said in str(error.value) and "\n" not in str(error.value)
+def test_bad_input_is_refused_in_one_line(folder: Path, options: list[str], said: str) -> None:
+    assert said in refused(*RUN, "--out", "run", *options, cwd=folder)
     assert not (folder / "run" / "results.parquet").exists()

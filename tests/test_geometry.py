@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import subprocess
@@ -10,13 +9,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from probekit.hooks.errors import ProbekitError
@@ -32,21 +28,13 @@ from probekit.metrics.geometry import (
     plain_and_textured,
     top_correlations,
 )
-
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "inversion_metrics.safetensors"
+from tests.conftest import Golden, golden
 
 
 @pytest.fixture(scope="module")
-def golden() -> dict[str, Tensor]:
-    """What the paper's code was given, and its interpolation distances."""
-    if not GOLDEN.is_file():
-        pytest.skip(f"no golden tensors at {GOLDEN}")
-    return load_file(GOLDEN)
-
-
-def expected() -> dict[str, Any]:
-    with safe_open(GOLDEN, "pt") as file:
-        return json.loads(file.metadata()["expected"])
+def inversions() -> Golden:
+    """What the paper's code was given, its interpolation distances, and as `config` the numbers that it printed."""
+    return golden("inversion_metrics")
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -69,27 +57,27 @@ def refused(words: str) -> Iterator[None]:
     "name, options",
     [("top10", {}), ("patches_top20_p8", {"k": 20, "patch": 8}), ("patches_top10_p8", {"k": 10, "patch": 8})],
 )
-def test_top_correlations_are_the_references(golden: dict[str, Tensor], which: str, name: str, options: dict[str, int]) -> None:
-    reference = expected()[which][name]
-    assert top_correlations(golden[which], **options) == pytest.approx((reference["mean"], reference["std"]), abs=2e-7)
+def test_top_correlations_are_the_references(inversions: Golden, which: str, name: str, options: dict[str, int]) -> None:
+    reference = inversions.config["expected"][which][name]
+    assert top_correlations(inversions.case[which], **options) == pytest.approx((reference["mean"], reference["std"]), abs=2e-7)
 
 
-def test_angles_are_the_references(golden: dict[str, Tensor]) -> None:
-    found = angles(golden["noise"], golden["latent"], golden["sample"])
+def test_angles_are_the_references(inversions: Golden) -> None:
+    found = angles(inversions.case["noise"], inversions.case["latent"], inversions.case["sample"])
     for corner, (mean, _) in found.items():
-        assert mean == pytest.approx(expected()["angles_mean_deg"][f"at_{corner}"], abs=1e-5)
+        assert mean == pytest.approx(inversions.config["expected"]["angles_mean_deg"][f"at_{corner}"], abs=1e-5)
 
 
-def test_interpolation_distances_are_the_references(golden: dict[str, Tensor]) -> None:
-    found = interpolation_distances(golden["trajectory"], golden["noise"], golden["latent"])
-    torch.testing.assert_close(found, golden["interpolation_distances"].double(), atol=1e-5, rtol=1e-6)
+def test_interpolation_distances_are_the_references(inversions: Golden) -> None:
+    found = interpolation_distances(inversions.case["trajectory"], inversions.case["noise"], inversions.case["latent"])
+    torch.testing.assert_close(found, inversions.case["interpolation_distances"].double(), atol=1e-5, rtol=1e-6)
     assert found[0, 0] == 0
 
 
-def test_matching_is_the_references(golden: dict[str, Tensor]) -> None:
-    reference = expected()["nn"]
-    assert matching_accuracy(nearest(golden["sample"], golden["noise"])) == (reference["sample_to_noise"], 0)
-    assert matching_accuracy(nearest(golden["noise"], golden["sample"])) == (reference["noise_to_sample"], 0)
+def test_matching_is_the_references(inversions: Golden) -> None:
+    reference = inversions.config["expected"]["nn"]
+    assert matching_accuracy(nearest(inversions.case["sample"], inversions.case["noise"])) == (reference["sample_to_noise"], 0)
+    assert matching_accuracy(nearest(inversions.case["noise"], inversions.case["sample"])) == (reference["noise_to_sample"], 0)
 
 
 # --- correlations ------------------------------------------------------------------------------------------------------

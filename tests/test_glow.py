@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from probekit.hooks.errors import ProbekitError
@@ -15,8 +14,8 @@ from probekit.latents import LatentSpace
 from probekit.models import checkpoint
 from probekit.models.glow import Glow, build, config_of, from_rosinality, matches, model, nll
 from probekit.models.model import Model
+from tests.conftest import golden
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 KINDS = list(product([True, False], [True, False]))  # affine, lu
 
 
@@ -43,49 +42,46 @@ def glow(*, affine: bool = True, lu: bool = True, flows: int = 2, blocks: int = 
     return network
 
 
-def golden(kind: str) -> tuple[Glow, dict[str, Tensor]]:
-    path = GOLDEN / f"glow_{kind}.safetensors"
-    if not path.is_file():
-        pytest.skip(f"no golden tensors at {path}")
-    content = load_file(path)
-    state = {key.removeprefix("state/"): value for key, value in content.items() if key.startswith("state/")}
+def reference(kind: str) -> tuple[Glow, dict[str, Tensor]]:
+    """Rosinality's network, and what it gave."""
+    state, case, _ = golden(f"glow_{kind}")
     network = build(config_of(state))
     network.load_state_dict(state, strict=True)
-    return network, content
+    return network, case
 
 
 @pytest.mark.parametrize("kind", ["affine", "additive"])
 @torch.no_grad()
 def test_golden_forward_and_reconstruction(kind: str) -> None:
-    network, content = golden(kind)
-    log_p, logdet, zs = network(content["x"])
+    network, case = reference(kind)
+    log_p, logdet, zs = network(case["x"])
     assert log_p.shape == logdet.shape == (4,)
-    torch.testing.assert_close(log_p, content["log_p"], rtol=1e-6, atol=1e-4)
-    torch.testing.assert_close(logdet, content["logdet"].expand(4), rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(log_p, case["log_p"], rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(logdet, case["logdet"].expand(4), rtol=1e-6, atol=1e-4)
     for i, z in enumerate(zs):
-        torch.testing.assert_close(z, content[f"z{i}"], rtol=0, atol=1e-5)
-    given = [content["z0"], content["z1"]]
-    torch.testing.assert_close(network.reverse(given, reconstruct=True), content["reverse_reconstruct"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(z, case[f"z{i}"], rtol=0, atol=1e-5)
+    given = [case["z0"], case["z1"]]
+    torch.testing.assert_close(network.reverse(given, reconstruct=True), case["reverse_reconstruct"], rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
 def test_golden_sample_of_additive_couplings() -> None:
-    network, content = golden("additive")
-    torch.testing.assert_close(network.reverse([content["eps0"], content["eps1"]]), content["sample"], rtol=0, atol=1e-5)
+    network, case = reference("additive")
+    torch.testing.assert_close(network.reverse([case["eps0"], case["eps1"]]), case["sample"], rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
 def test_golden_sample_of_affine_couplings() -> None:
     """The random weights blow it up in the reference too: most of it is infinite or no number, the rest as large as 1e27."""
-    network, content = golden("affine")
-    made, expected = network.reverse([content["eps0"], content["eps1"]]), content["sample"]
+    network, case = reference("affine")
+    made, expected = network.reverse([case["eps0"], case["eps1"]]), case["sample"]
     torch.testing.assert_close(made.isnan(), expected.isnan())
     torch.testing.assert_close(made.isinf(), expected.isinf())
     finite = expected.isfinite()
     torch.testing.assert_close(made[finite], expected[finite], rtol=5e-3, atol=1e-4)
     # where it does not blow up: the eps of the golden z must bring back the golden image
-    eps = [level.eps for level in network.levels(content["x"])]
-    torch.testing.assert_close(network.reverse(eps), content["reverse_reconstruct"], rtol=0, atol=1e-4)
+    eps = [level.eps for level in network.levels(case["x"])]
+    torch.testing.assert_close(network.reverse(eps), case["reverse_reconstruct"], rtol=0, atol=1e-4)
 
 
 def assert_exact(space: LatentSpace, images: Tensor) -> None:

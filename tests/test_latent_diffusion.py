@@ -16,27 +16,13 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LDMPipeline,
     UNet2DModel,
-    VQModel,
 )
 from probekit.experiments import denoising
 
 from probekit import ProbekitError, load
 from probekit.models import Model, TextToImage, load_diffusion
 from probekit.sampling import sample
-from tests.conftest import scramble, tiny_vae
-from tests.test_sampling import tiny
-
-
-@pytest.fixture
-def ldm_folder(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    vq = VQModel(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=3, num_vq_embeddings=16, norm_num_groups=4, sample_size=16, scaling_factor=0.5,
-    )  # fmt: skip
-    pipeline = LDMPipeline(vqvae=scramble(vq), unet=tiny(), scheduler=DDIMScheduler(clip_sample=False))
-    pipeline.save_pretrained(tmp_path / "ldm")
-    return tmp_path / "ldm"
+from tests.conftest import scramble, tiny, tiny_vae
 
 
 @pytest.fixture

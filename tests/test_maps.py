@@ -57,6 +57,7 @@ def assert_same_map(ours: Any, theirs: Any, x: np.ndarray, tolerance: float = 1e
     ids=repr,
 )
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("any_shape")  # lists, whole numbers, one dimension: all that scikit-learn takes
 def test_scikit_learns_own_checks(estimator: Any) -> None:
     check_estimator(estimator)
 

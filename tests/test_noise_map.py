@@ -2,9 +2,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import typer
 from diffusers import DDIMScheduler, DDPMPipeline
 from probekit.experiments import noise_map
 from probekit.experiments.denoising import as_picture
 
-from probekit import ProbekitError
-from probekit.cli import app
 from probekit.metrics import geometry
 from probekit.metrics.distributions import share_interval
 from probekit.metrics.geometry import matching_accuracy
@@ -27,9 +21,7 @@ from probekit.models import load_diffusion
 from probekit.images import load_png, to_uint8
 from probekit.report.noise_map import PAPER, TO_NOISE, TO_SAMPLE, _mistakes, headline
 from probekit.runs import open_run
-from tests.test_cli import OFFLINE, PROBEKIT, probekit
-from tests.test_latent_diffusion import ldm_folder  # noqa: F401
-from tests.test_sampling import tiny
+from tests.conftest import killed, probekit, refused, tiny
 
 N, SPLITS = 160, 8
 RUN = ["noise-map", "run", "--model", "./tiny", "--n", str(N), "--steps", "3,30", "--device", "cpu"]
@@ -44,11 +36,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     assert "x0 -> xT" in done.stdout and "report: whole/report.html" in done.stdout
     return folder
-
-
-def here(*arguments: str | int | Path) -> None:
-    """The command line in this process: the way from error to line and exit code is tested in test_cli."""
-    typer.main.get_command(app)([*map(str, arguments)], standalone_mode=False)
 
 
 def test_the_rows_are_those_of_all_distances_between_what_is_stored(folder: Path) -> None:
@@ -94,17 +81,14 @@ def test_pictures_are_of_the_samples_and_noises_that_they_say(folder: Path) -> N
         assert (to_uint8(load_png(images / f"{kind}-{row}-{answer}-{part}.png")) == to_uint8(picture)).all(), (kind, row, part)
 
 
-def test_the_report_is_one_page_that_fetches_nothing_and_can_be_shown_again(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_report_is_one_page_that_fetches_nothing_and_can_be_shown_again(folder: Path) -> None:
     page = (folder / "whole" / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:|#|\$)|url\((?!#)|@import|fetch\(', page)
     assert "tiny is a diffusion model of pixels that predicts the noise" in page and "noise-map run --model ./tiny" in page
     figures = {f"{name}.{kind}" for name in ("accuracy", "nearest-3", "nearest-30") for kind in ("png", "svg")}
     assert {p.name for p in (folder / "whole" / "figures").iterdir()} == figures
     (folder / "whole" / "report.html").unlink()
-    here("describe", folder / "whole")
-    assert "xT -> x0" in capsys.readouterr().out
+    assert "xT -> x0" in probekit("describe", folder / "whole").stdout
     again = (folder / "whole" / "report.html").read_text()
     # but for the command to run again, which is then the one in config.json
     assert re.sub("<pre>.*?</pre>", "", again) == re.sub("<pre>.*?</pre>", "", page)
@@ -113,12 +97,8 @@ def test_the_report_is_one_page_that_fetches_nothing_and_can_be_shown_again(
 def test_killed_and_started_again_finished_blocks_are_kept_and_the_result_is_the_same(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = subprocess.Popen([*PROBEKIT, *RUN, "--out", "killed"], env=OFFLINE, cwd=folder, stdout=subprocess.DEVNULL)
     mark = folder / "killed" / "states" / "samples-30.done"
-    while process.poll() is None and not mark.exists():
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed(*RUN, "--out", "killed", cwd=folder, when=mark.exists)
     done = int(mark.read_text().split()[0])
     assert 0 < done < N, "it was over before it could be killed"
     assert not (folder / "killed" / "results.parquet").exists()
@@ -134,15 +114,13 @@ def test_killed_and_started_again_finished_blocks_are_kept_and_the_result_is_the
 
     original = sampling.sample
     monkeypatch.setattr(sampling, "sample", counted)
-    monkeypatch.chdir(folder)
     finished = folder / "killed" / "units" / "steps-000003.parquet"
     before = finished.stat().st_mtime_ns
-    here(*RUN, "--out", "killed")
+    assert probekit(*RUN, "--out", "killed", cwd=folder).returncode == 0
     assert sum(sampled) == N - done and finished.stat().st_mtime_ns == before
     for name in ("results.parquet", "states/samples-30.npy", "figures/accuracy.svg", "images/steps-000030/found-0-0-own.png"):
         assert (folder / "killed" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
-    with pytest.raises(ProbekitError, match="seed 0 there, 3 here"):
-        here(*RUN, "--seed", "3", "--out", "killed")
+    assert "seed 0 there, 3 here" in refused(*RUN, "--seed", "3", "--out", "killed", cwd=folder)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +129,7 @@ def test_killed_and_started_again_finished_blocks_are_kept_and_the_result_is_the
         (["--steps", "10,x"], "--steps '10,x'"),
         (["--steps", ""], "--steps ''"),
         (["--splits", "1"], "--splits 1: at least 2"),
-        (["--n", "15"], "--n 15: at least 16"),
+        (["--n", "15"], "--n 15: at least 16, two for each of the 8 --splits\n"),
         (["--n", "-1"], "--n -1: at least 16"),
         (["--steps", "10,1001"], "choose 1 to 1000"),
         (["--model", "random"], "makes no images from noise"),
@@ -159,24 +137,14 @@ def test_killed_and_started_again_finished_blocks_are_kept_and_the_result_is_the
         (["--device", "nowhere"], "device 'nowhere'"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(
-    folder: Path, options: list[str], said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(folder)
-    with pytest.raises(ProbekitError) as error:
-        here("noise-map", "run", "--model", "./tiny", "--out", "refused", *options)
-    assert said in str(error.value) and "\n" not in str(error.value)
+def test_bad_input_is_refused_before_anything_is_written(folder: Path, options: list[str], said: str) -> None:
+    assert said in refused("noise-map", "run", "--model", "./tiny", "--out", "refused", *options, cwd=folder)
     assert not (folder / "refused").exists()
 
 
-def test_from_the_command_line_it_is_one_line_and_exit_code_2(folder: Path) -> None:
-    refused = probekit("noise-map", "run", "--n", "10", "--out", "refused", cwd=folder)
-    assert refused.returncode == 2 and refused.stderr == "probekit: --n 10: at least 16, two for each of the 8 --splits\n"
-    assert not (folder / "refused").exists()
-
-
-def test_a_latent_model_is_matched_in_its_latents_and_drawn_decoded(ldm_folder: Path, tmp_path: Path) -> None:  # noqa: F811
-    here("noise-map", "run", "--model", ldm_folder, "--n", 16, "--splits", "2", "--steps", "2", "--out", tmp_path / "run")
+def test_a_latent_model_is_matched_in_its_latents_and_drawn_decoded(ldm_folder: Path, tmp_path: Path) -> None:
+    run = ["noise-map", "run", "--model", ldm_folder, "--n", 16, "--splits", 2, "--steps", 2, "--out", tmp_path / "run"]
+    assert probekit(*run).returncode == 0
     sampled = torch.from_numpy(np.load(tmp_path / "run" / "states" / "samples-2.npy"))
     assert sampled.shape == (16, 3, 8, 8)
     images = tmp_path / "run" / "images" / "steps-000002"

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.conftest import probekit
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -34,15 +36,9 @@ def test_every_command_of_the_readme_has_the_options_it_is_given() -> None:
         words = command.replace("\\\n", " ").split()[1:]
         options = [i for i, word in enumerate(words) if word.startswith("-")]
         verbs = [word for word in words[: options[0] if options else None] if re.fullmatch(r"[a-z][a-z-]*", word)]
-        shown = ""
-        while verbs and not shown:
-            tried = subprocess.run(
-                [sys.executable, "-c", "from probekit.cli import main; main()", *verbs, "--help"],
-                capture_output=True,
-                text=True,
-            )
-            shown = tried.stdout if tried.returncode == 0 else ""
-            verbs = verbs[:-1] if not shown else verbs
+        # words after the command are its arguments
+        helps = (probekit(*verbs[:count], "--help") for count in range(len(verbs), 0, -1))
+        shown = next((help.stdout for help in helps if help.returncode == 0), "")
         assert shown, command
         for option in re.findall(r"--[a-z-]+", command):
             assert option in shown, (option, command)

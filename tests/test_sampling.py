@@ -14,7 +14,6 @@ from diffusers import (
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
-    UNet2DModel,
 )
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from probekit.sampling import (
     sample,
     sample_coupled,
 )
-from tests.conftest import embedded, scramble
+from tests.conftest import embedded, scramble, smooth, tiny
 
 SCHEDULERS: list[Any] = [
     DDIMScheduler(clip_sample=False),
@@ -44,23 +43,6 @@ FLOWS: list[Any] = [
     FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
 ]
 SHIFTED = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
-
-
-def tiny(**options: Any) -> Any:
-    config: dict[str, Any] = {
-        "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    }  # fmt: skip
-    torch.manual_seed(0)
-    return scramble(UNet2DModel(**config | options))
-
-
-def smooth() -> Any:
-    """A network whose prediction changes little with its input, as a trained one's."""
-    unet = tiny()
-    for p in unet.conv_out.parameters():
-        p.data *= 0.1
-    return unet
 
 
 def images(n: int, seed: int = 0) -> Tensor:

@@ -1,26 +1,21 @@
 from __future__ import annotations
 
-import copy
 import os
 import pickle
-import sys
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from probekit.hooks.errors import ProbekitError
 from probekit.models import checkpoint, stylegan2
 from probekit.models.stylegan2 import Discriminator, Generator
+from tests.conftest import SOURCE, golden
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "stylegan2_ada.safetensors"
 SMALL: dict[str, Any] = {
     "z_dim": 12, "w_dim": 16, "image_size": 16, "mapping_layers": 2, "channels": [10, 8, 6], "conv_clamp": 256.0, "c_dim": 0,
 }  # fmt: skip
@@ -44,97 +39,19 @@ def network(**changes: Any) -> Generator:
     return made
 
 
-@pytest.fixture(scope="module")
-def golden() -> dict[str, Tensor]:
-    if not GOLDEN.is_file():
-        pytest.skip(f"no golden tensors at {GOLDEN}")
-    return load_file(GOLDEN)
-
-
 @torch.no_grad()
-def test_the_networks_give_what_the_reference_gives(golden: dict[str, Tensor]) -> None:
-    state = {key.removeprefix("state/"): value for key, value in golden.items() if key.startswith("state/")}
+def test_the_networks_give_what_the_reference_gives() -> None:
+    state, case, _ = golden("stylegan2_ada")
     assert stylegan2.matches(state)
     made = stylegan2.build(stylegan2.config_of(state)).eval()
     made.load_state_dict(state)
-    assert torch.allclose(made.mapping(golden["z"]), golden["ws"], atol=1e-5)
-    assert torch.allclose(made.mapping(golden["z"], 0.7), golden["ws_truncated_0.7"], atol=1e-5)
+    assert torch.allclose(made.mapping(case["z"]), case["ws"], atol=1e-5)
+    assert torch.allclose(made.mapping(case["z"], 0.7), case["ws_truncated_0.7"], atol=1e-5)
     for noise in ("const", "none"):
-        images = made(golden["z"], noise=noise)
-        assert torch.allclose(images, golden[f"image_noise_{noise}"], atol=2e-5)
+        images = made(case["z"], noise=noise)
+        assert torch.allclose(images, case[f"image_noise_{noise}"], atol=2e-5)
     w = stylegan2.model(made, "own").space("w")
-    assert torch.allclose(w.decode(golden["ws"][:, 0]), golden["image_noise_const"].clamp(-1, 1), atol=2e-5)
-
-
-# what stylegan2-ada-pytorch does when it pickles: torch_utils/persistence.py
-
-SOURCE = "class Generator: pass\nclass SynthesisNetwork: pass"
-
-
-@pytest.fixture
-def reference() -> Iterator[Callable[..., bytes]]:
-    """Pickles a generator as the reference does, with its modules importable only meanwhile."""
-
-    class EasyDict(dict):
-        def __getattr__(self, name: str) -> Any:
-            if name not in self:
-                raise AttributeError(name)
-            return self[name]
-
-    def _reconstruct_persistent_obj(meta: Any) -> Any:
-        raise AssertionError("a reader must not call it")
-
-    persistence, dnnlib = types.ModuleType("torch_utils.persistence"), types.ModuleType("dnnlib.util")
-    for made, module in ((_reconstruct_persistent_obj, persistence), (EasyDict, dnnlib)):
-        made.__module__, made.__qualname__ = module.__name__, made.__name__
-        setattr(module, made.__name__, made)
-    stand_ins = {"torch_utils": types.ModuleType("torch_utils"), "torch_utils.persistence": persistence}
-    stand_ins |= {"dnnlib": types.ModuleType("dnnlib"), "dnnlib.util": dnnlib}
-
-    def decorated(base: type, name: str, source: str) -> type:
-        def __reduce__(self: Any) -> Any:
-            state = nn.Module.__reduce__(self)[2]
-            meta = {"type": "class", "version": 6, "module_src": source, "class_name": name, "state": state}
-            return (_reconstruct_persistent_obj, (meta,), None)
-
-        return type(name, (base,), {"__reduce__": __reduce__})
-
-    def disguise(module: nn.Module, source: str, clamp: float | None, **kwargs: Any) -> None:
-        for child in module.children():
-            disguise(child, source, clamp)
-        module.__class__ = decorated(type(module), type(module).__name__.lstrip("_"), source)
-        # what beside tensors is found in a reference module's __dict__
-        module._init_args, module._init_kwargs = (), kwargs
-        module.act_gain = np.sqrt(2)
-        if hasattr(module, "noise_const"):
-            module.activation, module.conv_clamp = "lrelu", clamp
-        if hasattr(module, "bias_gain"):
-            module.weight_gain = np.float64(module.weight_gain)
-            module.activation = "lrelu" if module.bias_gain == 0.01 else "linear"
-
-    def pickled(
-        made: Generator,
-        *,
-        source: str = SOURCE,
-        clamp: float | None = 256,
-        protocol: int = 3,
-        change: Callable[[Any], None] = lambda g: None,
-    ) -> bytes:
-        original = copy.deepcopy(made).requires_grad_(False)
-        options = EasyDict(num_layers=2), EasyDict(channel_base=160, conv_clamp=clamp)
-        disguise(original, source, clamp, z_dim=12, c_dim=0, mapping_kwargs=options[0], synthesis_kwargs=options[1])
-        original.num_ws, original.img_resolution = made.num_ws, made.image_size
-        change(original)
-        snapshot = {"G": original, "D": None, "G_ema": original, "augment_pipe": None}
-        sys.modules.update(stand_ins)
-        try:
-            return pickle.dumps(snapshot | {"training_set_kwargs": EasyDict(path="avatars.zip", xflip=True)}, protocol)
-        finally:
-            for name in stand_ins:
-                del sys.modules[name]
-
-    yield pickled
-    assert not stand_ins.keys() & sys.modules.keys()
+    assert torch.allclose(w.decode(case["ws"][:, 0]), case["image_noise_const"].clamp(-1, 1), atol=2e-5)
 
 
 def write(path: Path, content: bytes) -> Path:

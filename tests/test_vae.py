@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from probekit.hooks.errors import ProbekitError
 from probekit.models import checkpoint, random, vae, vqvae
+from tests.conftest import golden
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "diffusevae.safetensors"
 PLAN = {
     "enc_blocks": "16x1,16d2,16t8,8d2,8t4,4x1,4d4,4t1,1x2",
     "enc_channels": "16:16,8:16,4:8,1:12",
@@ -50,21 +49,9 @@ def network() -> vae.VAE:
     return vae.VAE(**PLAN)
 
 
-@pytest.fixture(scope="module")
-def golden() -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    if not GOLDEN.exists():
-        pytest.skip(f"no golden tensors at {GOLDEN}")
-    with safe_open(GOLDEN, "pt") as file:
-        return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-
-
-def golden_state(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key.removeprefix("state/"): value for key, value in values.items() if key.startswith("state/")}
-
-
-def test_vae_equals_the_reference(golden):
-    _, values = golden
-    model = vae.from_diffusevae(golden_state(values), "golden")
+def test_vae_equals_the_reference():
+    state, values, _ = golden("diffusevae")
+    model = vae.from_diffusevae(state, "golden")
     images = values["x"] * 2 - 1
     with torch.no_grad():
         mean, log_variance = model.network.encode(images)
@@ -75,11 +62,11 @@ def test_vae_equals_the_reference(golden):
     torch.testing.assert_close((decoded + 1) / 2, values["decode_mu"], atol=1e-6, rtol=1e-5)
 
 
-def test_plan_derived_from_the_reference_tensors_is_the_reference_plan(golden):
-    metadata, values = golden
-    derived = vae.config_of(golden_state(values))
-    assert derived.pop("input_size") == int(json.loads(metadata["input_res"]))
-    assert derived == {ours: json.loads(metadata[theirs]) for ours, theirs in STRINGS.items()}
+def test_plan_derived_from_the_reference_tensors_is_the_reference_plan():
+    state, _, config = golden("diffusevae")
+    derived = vae.config_of(state)
+    assert derived.pop("input_size") == config["input_res"]
+    assert derived == {ours: config[theirs] for ours, theirs in STRINGS.items()}
 
 
 @pytest.mark.parametrize(

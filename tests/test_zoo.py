@@ -19,7 +19,7 @@ from probekit.metrics.roles import NO_ROLE, roles, summarise
 from probekit.bundled import GUIDANCE, WEIGHTS, weights
 from probekit.zoo import scene_clip, scene_reader
 from probekit.zoo.training import Schedule, train
-from tests.test_cli import probekit
+from tests.conftest import probekit, process
 
 TRAINING = """
 import sys, torch
@@ -166,11 +166,13 @@ def test_roles_of_mini_sd_agree_between_two_halves_of_the_pairs(swept: Path) -> 
         assert all(half[layer.layer].idxmax() == layer.role for half in halves), layer.layer
 
 
-def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
-    again = tmp_path / "again"
-    layers = ["--layers", "mid_block.*", "--layers", "up_blocks.1.resnets.*"]
-    for out in (again, tmp_path / "and-again"):
-        done = probekit("inject", "sweep", "--pairs", "1", "--factors", "structure", "--num-steps", "5", *layers, "--out", out)
-        assert done.returncode == 0, done.stderr
+def test_the_same_seed_gives_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    sweep = ["inject", "sweep", "--pairs", "1", "--factors", "structure", "--num-steps", "5", "--layers", "mid_block.*",
+             "--layers", "up_blocks.1.resnets.*", "--out"]  # fmt: skip
+    done = probekit(*sweep, "here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with process(*sweep, "there", cwd=tmp_path) as run:
+        _, said = run.communicate()
+    assert run.returncode == 0, said
     for name in ("results.parquet", "figures/roles.png", "figures/roles.svg"):
-        assert (again / name).read_bytes() == (tmp_path / "and-again" / name).read_bytes(), name
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes(), name

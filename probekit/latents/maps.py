@@ -129,7 +129,9 @@ class LinearMap(_Penalised):
         return self._set(solver, target, solver._coef(target, self._penalty(solver, target)), flat=flat)
 
     def fit_blocks(
-        self, blocks: Iterable[tuple[Float[Array, "rows d_in"], Float[Array, "rows d_out"]]], solver: RidgeSolver | None = None
+        self,
+        blocks: Iterable[tuple[Float[Array, "_rows d_in"], Float[Array, "_rows d_out"]]],
+        solver: RidgeSolver | None = None,
     ) -> Self:
         """Fit in one pass over blocks of rows of X and Y, for latents that do not fit in memory; d_in x d_in must.
 

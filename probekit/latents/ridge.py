@@ -31,6 +31,7 @@ Block = tuple[Array, Array | None]
 
 
 def row_blocks(n: int, size: int = ROWS) -> Iterator[slice]:
+    """n rows as slices of at most `size`."""
     return (slice(i, min(i + size, n)) for i in range(0, n, size))
 
 
@@ -40,6 +41,7 @@ def checked(x: Any, name: str) -> Array:
 
 
 def refuse_constant(scatter: float, mean: Array, n: int, name: str) -> None:
+    """Raises ValueError where the scatter about the mean is no more than rounding."""
     if scatter <= n * 1e-24 * float(mean @ mean):
         raise ValueError(f"{name} is constant over its {n} rows: n_samples={n} different latents are needed for a map")
 
@@ -109,7 +111,8 @@ class Target:
     rows: Float[Array, "n d_out"] | None = None
     cross: Float[Array, "d_in d_out"] | None = None
 
-    def centred(self, rows: slice = slice(None)) -> Float[Array, "rows d_out"]:
+    def centred(self, rows: slice = slice(None)) -> Float[Array, "_rows d_out"]:
+        """Those rows less the mean."""
         assert self.rows is not None
         return self.rows[rows] - self.mean
 
@@ -150,7 +153,7 @@ class RidgeSolver:
         self._matrix: Array | None = matrix
 
     @classmethod
-    def from_blocks(cls, blocks: Iterable[Float[Array, "rows d_in"]]) -> Self:
+    def from_blocks(cls, blocks: Iterable[Float[Array, "_rows d_in"]]) -> Self:
         """The solver of latents that do not fit in memory, from one pass over blocks of their rows.
 
         It knows only X^T X: it serves `LinearMap.fit_blocks`, and cannot choose by leave-one-out.
@@ -398,10 +401,12 @@ class RidgeSolver:
 
 
 def square_norms(rows: Float[Array, "n d"]) -> Float[Array, " n"]:
+    """The squared length of each row."""
     return np.einsum("ij,ij->i", rows, rows)
 
 
 def penalties(alpha: Any) -> Float[Array, " k"]:
+    """One penalty or several, as an array. Raises ValueError for what is none."""
     alphas = np.atleast_1d(np.asarray(alpha, dtype=np.float64))
     if alphas.ndim != 1 or len(alphas) == 0 or not (np.isfinite(alphas) & (alphas >= 0)).all():
         raise ValueError(f"alpha={alpha!r}: give a number of 0 or more, several to choose from, or 'auto'")

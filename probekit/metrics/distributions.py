@@ -18,7 +18,9 @@ _BATCH = 50
 _ALEXNET_LEAST = 64  # pixels; AlexNet's strides leave less than 3x3 of a smaller image
 
 
-def frechet(a: Float[np.ndarray, "n d"] | Float[Tensor, "n d"], b: Float[np.ndarray, "m d"] | Float[Tensor, "m d"]) -> float:
+def frechet(
+    a: Float[np.ndarray, "n d"] | Float[Tensor, "n d"], b: Float[np.ndarray, "m ..."] | Float[Tensor, "m ..."]
+) -> float:
     """The squared Fréchet distance of two Gaussians with the sets' means and covariances (Heusel et al. 2017, eq. 6), >= 0.
 
     |mean_a - mean_b|² + tr(C_a + C_b - 2 (C_a C_b)^½), the covariances over n - 1. Of few rows it is too large, by more the

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from probekit.hooks.errors import ProbekitError
 
-Rows = Float[Tensor, "n ..."] | Float[np.ndarray, "n ..."]
+Rows = Float[Tensor, "_n ..."] | Float[np.ndarray, "_n ..."]
 
 _ROWS = 256  # rows that are held in float64 at a time
 _COLUMNS = 1024  # pixels whose correlations with all others are held at a time
 _VALUES = 2**25  # values of queries, and of candidates, that are compared at a time: 128 MiB
 
 
-def top_correlations(x: Float[Tensor, "n c h w"], k: int = 10, patch: int | None = None) -> tuple[float, float]:
+def top_correlations(x: Float[Tensor, "n ..."], k: int = 10, patch: int | None = None) -> tuple[float, float]:
     """Mean and std of the k largest |Pearson r| over all pairs of the c * h * w pixels across the n samples, in [0, 1].
 
     patch: the k largest within each patch x patch block of the picture, its c * patch * patch pixels together, all blocks'
@@ -67,7 +67,7 @@ def noise_correlation(n: int, d: int, k: int = 10) -> float:
 
 
 def angles(
-    noise: Float[Tensor, "n ..."], latent: Float[Tensor, "n ..."], sample: Float[Tensor, "n ..."]
+    noise: Float[Tensor, "n ..."], latent: Float[Tensor, "_n ..."], sample: Float[Tensor, "_n ..."]
 ) -> dict[str, tuple[float, float]]:
     """The angles of each row's triangle of three points, in degrees: corner ("noise", "latent", "sample") to (mean, std).
 
@@ -87,7 +87,7 @@ def angles(
 
 
 def distances(
-    noise: Float[Tensor, "n ..."], latent: Float[Tensor, "n ..."], sample: Float[Tensor, "n ..."]
+    noise: Float[Tensor, "n ..."], latent: Float[Tensor, "_n ..."], sample: Float[Tensor, "_n ..."]
 ) -> dict[str, tuple[float, float]]:
     """The rows' L2 distances: "noise-latent", "latent-sample" and "noise-sample", each to (mean, std).
 
@@ -103,7 +103,7 @@ def distances(
 
 
 def interpolation_distances(
-    states: Sequence[Tensor] | Float[Tensor, "s n ..."], noise: Float[Tensor, "n ..."], latent: Float[Tensor, "n ..."],
+    states: Sequence[Tensor] | Float[Tensor, "s _n ..."], noise: Float[Tensor, "n ..."], latent: Float[Tensor, "_n ..."],
     points: int = 25,
 ) -> Float[Tensor, "s points"]:  # fmt: skip
     """How far each state of a trajectory is from points of the way from noise to latent; float64, on the CPU.
@@ -210,7 +210,7 @@ def margin(queries: Rows, candidates: Rows, rows: int = _ROWS) -> tuple[float, f
 
 
 def plain_and_textured(
-    error: Float[Tensor, "n c h w"], images: Float[Tensor, "n 3 h w"], threshold: float = 0.1
+    error: Float[Tensor, "..."], images: Float[Tensor, "n 3 h w"], threshold: float = 0.1
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Each picture's mean |error| over its plain and over its textured pixels: (plain, textured), on the error's device.
 

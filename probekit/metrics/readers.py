@@ -28,7 +28,7 @@ class SceneReader(nn.Module):
         self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 8 * 8, 256), nn.SiLU())
         self.heads = nn.ModuleDict({a: nn.Linear(256, len(values)) for a, values in VALUES.items()})
 
-    def forward(self, images: Float[Tensor, "n 3 h w"]) -> dict[str, Float[Tensor, "n values"]]:
+    def forward(self, images: Float[Tensor, "n 3 h w"]) -> dict[str, Float[Tensor, "n _values"]]:
         """Logits of every attribute's values."""
         if images.shape[-2:] != (64, 64):
             images = F.interpolate(images, (64, 64), mode="bilinear", antialias=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from probekit.hooks.errors import ProbekitError
 
-Features = Float[np.ndarray, "n d"] | Float[Tensor, "n d"]
+Features = Float[np.ndarray, "_n ..."] | Float[Tensor, "_n ..."]
 
 _BLOCK = 1024  # rows or columns of a product that are held at a time
 

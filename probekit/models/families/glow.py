@@ -235,7 +235,7 @@ class Block(nn.Module):
 
     def reverse(
         self, rest: Float[Tensor, "n r h w"] | None, latents: Float[Tensor, "n c h w"], reconstruct: bool
-    ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
+    ) -> tuple[Float[Tensor, "n c2 2*h 2*w"], Float[Tensor, "n c h w"]]:
         """The block's input and its z, from what the next block gave back (None in the last) and z or, unless told, eps."""
         if reconstruct:
             z = latents

@@ -27,6 +27,7 @@ from probekit.models.saved import rebuilt
 Noise = Literal["const", "none", "random"]
 Ws = Float[Tensor, "n num_ws w_dim"]
 Maps = Float[Tensor, "n c h w"]
+Resized = Float[Tensor, "n c2 h2 w2"]
 
 MAPPING_RATE = 0.01  # the mapping network learns at a hundredth of the rate
 _W_AVG_DECAY = 0.995
@@ -38,11 +39,11 @@ def _low_pass() -> Float[Tensor, "4 4"]:
     return torch.outer(taps, taps) / taps.sum() ** 2
 
 
-def _blur(x: Maps, taps: Float[Tensor, "4 4"], padding: int, stride: int = 1) -> Maps:
+def _blur(x: Maps, taps: Float[Tensor, "4 4"], padding: int, stride: int = 1) -> Resized:
     return F.conv2d(x, taps.expand(x.shape[1], 1, -1, -1), padding=padding, stride=stride, groups=x.shape[1])
 
 
-def _double(images: Images, taps: Float[Tensor, "4 4"]) -> Images:
+def _double(images: Images, taps: Float[Tensor, "4 4"]) -> Float[Tensor, "n 3 2*h 2*w"]:
     """upfirdn2d with up=2: zeros between the pixels, then the low-pass filter, of gain 4 to keep the brightness."""
     channels = images.shape[1]
     return F.conv_transpose2d(images, 4 * taps.expand(channels, 1, -1, -1), stride=2, padding=1, groups=channels)
@@ -124,7 +125,7 @@ class _Layer(nn.Module):
         self.register_buffer("noise_const", torch.randn(size, size))
         self.register_buffer("resample_filter", _low_pass())
 
-    def forward(self, x: Maps, w: Float[Tensor, "n w_dim"], noise: Noise, generator: torch.Generator | None) -> Maps:
+    def forward(self, x: Maps, w: Float[Tensor, "n w_dim"], noise: Noise, generator: torch.Generator | None) -> Resized:
         style = self.affine(w)
         norm = style.square() @ self.weight.square().sum((2, 3)).T
         x = x * style[:, :, None, None]
@@ -174,7 +175,7 @@ class _SynthesisBlock(nn.Module):
 
     def forward(
         self, x: Maps | None, image: Images | None, ws: Iterator[Tensor], noise: Noise, generator: torch.Generator | None
-    ) -> tuple[Maps, Images]:
+    ) -> tuple[Resized, Float[Tensor, "n 3 h2 w2"]]:
         if x is None or image is None:
             w = next(ws)
             x = self.conv1(self.const.expand(len(w), -1, -1, -1), w, noise, generator)
@@ -261,7 +262,7 @@ class _Conv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         self.register_buffer("resample_filter", _low_pass())
 
-    def forward(self, x: Maps) -> Maps:
+    def forward(self, x: Maps) -> Resized:
         weight = self.weight * self.weight_gain
         if not self.down:
             return F.conv2d(x, weight, self.bias, padding=self.kernel // 2)
@@ -283,7 +284,7 @@ class _DiscriminatorBlock(nn.Module):
         self.conv1 = _Conv(inputs, outputs, 3, down=True)
         self.skip = _Conv(inputs, outputs, 1, down=True, bias=False)
 
-    def forward(self, x: Maps) -> Maps:
+    def forward(self, x: Maps) -> Resized:
         if self.fromrgb is not None:
             x = _lrelu(self.fromrgb(x))
         return self.skip(x) * 0.5**0.5 + _lrelu(self.conv1(_lrelu(self.conv0(x))), 0.5**0.5)
