@@ -131,7 +131,9 @@ def read(value: Any, path: Sequence[int | str] = ()) -> Tensor:
     if not isinstance(value, Tensor):
         tensors = [item for item in (value.values() if isinstance(value, dict) else value) if isinstance(item, Tensor)]
         if len(tensors) != 1:
-            raise ProbekitError(f"a layer returned {len(tensors)} tensors, and which carries the image is not known for this model")
+            raise ProbekitError(
+                f"a layer returned {len(tensors)} tensors, and which carries the image is not known for this model"
+            )
         value = tensors[0]
     return value
 
@@ -294,7 +296,9 @@ def output_shapes(model: nn.Module, chosen: Sequence[Layer], run: Callable[[], A
 def attach(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """The modules of those names. Raises ProbekitError for a compiled model, which ignores hooks added after compilation."""
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-        raise ProbekitError(f"a compiled {type(model._orig_mod).__name__} ignores hooks: pass it as it was before torch.compile")
+        raise ProbekitError(
+            f"a compiled {type(model._orig_mod).__name__} ignores hooks: pass it as it was before torch.compile"
+        )
     modules = {name: model.get_submodule(name) for name in names}
     for module in (model, *modules.values()):
         if getattr(module, "_compiled_call_impl", None) is not None:

@@ -71,7 +71,9 @@ class Steps:
         else:
             chosen = frozenset(range(n))
         if not chosen:
-            raise ProbekitError(f"{self}: none of the schedule's {n} steps ({schedule[0]:g} down to {schedule[-1]:g}) lies in it")
+            raise ProbekitError(
+                f"{self}: none of the schedule's {n} steps ({schedule[0]:g} down to {schedule[-1]:g}) lies in it"
+            )
         return chosen
 
 

@@ -51,7 +51,9 @@ _HOW = {
 def _command(experiment: type[Experiment]) -> Callable[..., None]:
     """The function that typer makes an experiment's command from."""
     how = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(help=said)])
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(help=said)]
+        )
         for name, (kind, said, default) in _HOW.items()
     ]
 

@@ -60,5 +60,5 @@ def render(template: str, run: Run, **given: Any) -> bytes:
 
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     config = run.config
-    told = {"config": config, "options": config["options"], "inputs": config["inputs"], "command": command_line(config["command"])}
+    told = {key: config[key] for key in ("options", "inputs")} | {"config": config, "command": command_line(config["command"])}
     return templates.get_template(template).render(**told | given).encode()

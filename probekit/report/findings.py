@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Table:
     """A table as the terminal prints and a notebook shows it.
 
-    columns: the headings; those in `text` stand at the left, numbers at the right. styles: rich's style of some rows' last cell, by
-    the row's number.
+    columns: the headings; those in `text` stand at the left, numbers at the right. styles: rich's style of some rows' last
+    cell, by the row's number.
     """
 
     title: str
@@ -35,8 +35,9 @@ class Table:
 class Findings:
     """What the rows of a run come to.
 
-    run: its folder and config; rows: the tidy results. says: the finding in a sentence or two. tables: as numbers. figures: their
-    files in figures/, without suffix, in the order of a notebook. page: draws the figures into figures/ and gives report.html.
+    run: its folder and config; rows: the tidy results. says: the finding in a sentence or two. tables: as numbers. figures:
+    their files in figures/, without suffix, in the order of a notebook. page: draws the figures into figures/ and gives
+    report.html.
     """
 
     run: Run
@@ -80,9 +81,7 @@ class Findings:
                 parts.append(svg[svg.index("<svg") :])
         for table in self.tables:
             head = "".join(f"<th>{html.escape(heading)}</th>" for heading in table.columns)
-            body = "".join(
-                "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
-            )
+            body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
             parts.append(
                 f"<details><summary>{html.escape(table.title)}</summary><table><thead><tr>{head}</tr></thead>"
                 f"<tbody>{body}</tbody></table></details>"

@@ -56,7 +56,19 @@ def print_layers(model: Model, layers: Sequence[hooks.Layer]) -> None:
 def print_models(models: Sequence[Model]) -> None:
     """A table of models: one line a latent space, with what it can do."""
     table = Table(title="models", title_justify="left")
-    for heading in ("name", "family", "images", "weights", "space", "shape", "takes", "encodes", "decodes", "samples", "what it is"):
+    for heading in (
+        "name",
+        "family",
+        "images",
+        "weights",
+        "space",
+        "shape",
+        "takes",
+        "encodes",
+        "decodes",
+        "samples",
+        "what it is",
+    ):
         table.add_column(heading, justify="right" if heading == "weights" else "left", no_wrap=heading != "what it is")
     for model in models:
         size = "any" if model.image_size is None else f"{model.image_size}x{model.image_size}"

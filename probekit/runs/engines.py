@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,8 +63,8 @@ def _of_shard(units: Sequence[Unit], part: int, whole: int) -> list[Unit]:
 class _Queue:
     """Which unit is to be done next.
 
-    A shard does its own units that need nothing, then those of its own whose needs are there. What needs units of other shards is
-    left to whoever finds those done, and in the end to the last.
+    A shard does its own units that need nothing, then those of its own whose needs are there. What needs units of other
+    shards is left to whoever finds those done, and in the end to the last.
     """
 
     def __init__(self, units: Sequence[Unit], mine: Sequence[Unit], opened: Run) -> None:
@@ -75,28 +75,29 @@ class _Queue:
         self.total = sum(unit.size for unit in mine)
         self.at_start = sum(unit.size for unit in mine if unit.name in self._done)
 
-    def next(self) -> Unit | None:
-        """A unit that can be done now, None where there is none (yet)."""
-        for unit in (*self._open(self._mine, needy=False), *self._open(self._mine, needy=True)):
-            return self._give(unit)
-        if self._leaves_done():
-            for unit in self._open({unit.name for unit in self.units}, needy=True):
-                return self._give(unit)
-        return None
+    def next(self, group: str = "", taken: Collection[str] = ()) -> Unit | None:
+        """A unit that can be done now, None where there is none (yet).
+
+        group: of the last unit of who asks; another one of it comes first, then one of a group that is not `taken` by others.
+        """
+        found = [*self._open(self._mine, needy=False)] or [*self._open(self._mine, needy=True)]
+        if not found and self._leaves_done():
+            found = [*self._open({unit.name for unit in self.units}, needy=True)]
+        if not found:
+            return None
+        unit = min(found, key=lambda unit: (unit.group != group or not group, bool(unit.group) and unit.group in taken))
+        self._given.add(unit.name)
+        return unit
 
     def give_back(self, unit: Unit) -> None:
         """The unit is not done after all."""
         self._given.discard(unit.name)
 
-    def _give(self, unit: Unit) -> Unit:
-        self._given.add(unit.name)
-        return unit
-
     def _open(self, names: set[str], *, needy: bool) -> Iterator[Unit]:
         for unit in self.units:
-            if unit.name in names and bool(unit.needs) == needy and unit.name not in self._given and not self._finished(unit.name):
-                if all(self._finished(need) for need in unit.needs):
-                    yield unit
+            waits = unit.name in names and unit.name not in self._given and not self._finished(unit.name)
+            if waits and bool(unit.needs) == needy and all(self._finished(need) for need in unit.needs):
+                yield unit
 
     def _leaves_done(self) -> bool:
         return all(self._finished(unit.name) for unit in self.units if not unit.needs)
@@ -137,8 +138,10 @@ def _do(experiment: Experiment, opened: Run, unit: Unit, advance: Advance) -> No
 
 def _here(experiment: Experiment, opened: Run, queue: _Queue) -> None:
     with progress(experiment.name, queue.total, done=queue.at_start) as advance:
-        while (unit := queue.next()) is not None:
+        group = ""
+        while (unit := queue.next(group)) is not None:
             _do(experiment, opened, unit, advance)
+            group = unit.group
 
 
 # --- Ray ---------------------------------------------------------------------------------------------------------------
@@ -171,7 +174,7 @@ def _with_ray(experiment: Experiment, opened: Run, queue: _Queue, address: str |
         raise ProbekitError("--engine ray: needs the package ray; pip install 'probekit[ray]'") from error
     started = not ray.is_initialized()
     if started:
-        here = {"include_dashboard": False} if address is None else {}
+        here: dict[str, Any] = {"include_dashboard": False} if address is None else {}
         try:
             ray.init(address=address, log_to_driver=False, configure_logging=False, **here)
         except Exception as error:  # Ray raises a dozen kinds
@@ -194,13 +197,18 @@ def _hand_out(ray: Any, experiment: Experiment, opened: Run, queue: _Queue, work
         threads = max(1, (os.cpu_count() or 1) // count)
         return make.remote(experiment, str(opened.folder.absolute()), str(Path.cwd()), threads)
 
-    idle: list[Any] = []
+    idle: list[tuple[Any, str]] = []
     busy: dict[Any, tuple[Any, Unit]] = {}
     deaths: dict[str, int] = {}
     with progress(experiment.name, queue.total, done=queue.at_start) as advance:
         while True:
-            while len(busy) < count and (unit := queue.next()) is not None:
-                worker = idle.pop() if idle else new()
+            while len(busy) < count:
+                worker, group = idle.pop() if idle else (None, "")
+                unit = queue.next(group, {other.group for _, other in busy.values()})
+                if unit is None:
+                    idle += [] if worker is None else [(worker, group)]
+                    break
+                worker = worker or new()
                 busy[worker.do.remote(unit)] = (worker, unit)
             if not busy:
                 return
@@ -218,7 +226,7 @@ def _hand_out(ray: Any, experiment: Experiment, opened: Run, queue: _Queue, work
                 raise error.cause from None
             if said is not None:
                 raise ProbekitError(said)
-            idle.append(worker)
+            idle.append((worker, unit.group))
             advance(unit.size)
 
 

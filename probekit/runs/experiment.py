@@ -1,4 +1,4 @@
-"""An experiment is a value: a frozen dataclass of options, which says what its units of work are, does one, and tells what came out.
+"""An experiment is a value: a frozen dataclass of options, which plans its units of work, does one, and tells what came out.
 
 The dataclass is the only list of its options: the command line is made from it, a run's config.json is it, Python calls it.
 """
@@ -6,7 +6,6 @@ The dataclass is the only list of its options: the command line is made from it,
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import inspect
 import json
@@ -47,7 +46,7 @@ class Unit:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What a unit gives. rows: of the results' table; pictures: (3, h, w) in [-1, 1] by name; arrays: for units that need it."""
+    """What a unit gives. rows: of the results' table; pictures: (3, h, w) in [-1, 1] by name; arrays: for other units."""
 
     rows: pd.DataFrame | Sequence[Mapping[str, Any]] = ()
     pictures: Mapping[str, Tensor] = field(default_factory=dict)
@@ -111,7 +110,7 @@ class Experiment(Options, ABC):
 
     @abstractmethod
     def inputs(self) -> dict[str, Any]:
-        """Fingerprints of what the options name: models, data, files; as JSON. Raises ProbekitError where they cannot be had."""
+        """Fingerprints of what the options name (models, data, files), as JSON. Raises ProbekitError where there are none."""
 
     @abstractmethod
     def plan(self) -> list[Unit]:
@@ -138,9 +137,11 @@ class Experiment(Options, ABC):
         """The experiment of a run's options. Raises ProbekitError for options that it does not have."""
         known = {f.name: f for f in dataclasses.fields(cls) if f.compare}
         if odd := sorted(set(options) ^ set(known)):
-            raise ProbekitError(f"config.json: option {odd[0]!r} is {'missing' if odd[0] in known else 'unknown'} for {cls.name}")
+            how = "missing" if odd[0] in known else "unknown"
+            raise ProbekitError(f"config.json: option {odd[0]!r} is {how} for {cls.name}")
         hints = typing.get_type_hints(cls)
-        return cls(**{name: Path(v) if v is not None and _names(hints[name], Path) else v for name, v in options.items()})
+        given: dict[str, Any] = {n: Path(v) if v is not None and _names(hints[n], Path) else v for n, v in options.items()}
+        return cls(**given)
 
     def run(
         self, *, out: Path | str | None = None, engine: str = "local", workers: int | None = None, shard: str | None = None
@@ -197,10 +198,17 @@ class Option:
                 raise ProbekitError(f"{self.flag} {value}: at most {self.most:g} will do")
 
 
-_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False", list: "a list", type(None): "None", Path: "a path"}
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "True or False",
+    list: "a list",
+    type(None): "None",
+    Path: "a path",
+}
 
 
-@functools.cache
 def options_of(experiment: type[Options]) -> tuple[Option, ...]:
     """The options of an experiment, from its fields' annotations."""
     hints = typing.get_type_hints(experiment, include_extras=True)

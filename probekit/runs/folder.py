@@ -70,7 +70,8 @@ class Run:
 
     def _refuse_another(self, stored: Mapping[str, Any]) -> None:
         ours, theirs = (
-            {**c["inputs"], **c["options"], "experiment": c["experiment"], "probekit": c["probekit"]} for c in (self.config, stored)
+            {**c["inputs"], **c["options"], "experiment": c["experiment"], "probekit": c["probekit"]}
+            for c in (self.config, stored)
         )
         differ = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
         if differ:
@@ -111,7 +112,9 @@ class Run:
         try:
             return {path.stem: np.load(path, mmap_mode="c") for path in found}
         except (OSError, ValueError) as error:
-            raise ProbekitError(f"run {str(self.folder)!r}: the arrays of {unit!r} are damaged; delete them and its unit") from error
+            raise ProbekitError(
+                f"run {str(self.folder)!r}: the arrays of {unit!r} are damaged; delete them and its unit"
+            ) from error
 
     def array(self, unit: str, key: str) -> Path:
         """Where a unit's array lies."""
@@ -168,7 +171,9 @@ class Stacked:
         for file in self._files:
             here = self._open(file)
             if (here.shape[1:], here.dtype) != (first.shape[1:], first.dtype):
-                raise ProbekitError(f"{str(file)!r}: rows {here.shape[1:]} of {here.dtype}, not {first.shape[1:]} of {first.dtype}")
+                raise ProbekitError(
+                    f"{str(file)!r}: rows {here.shape[1:]} of {here.dtype}, not {first.shape[1:]} of {first.dtype}"
+                )
             self._starts.append(self._starts[-1] + len(here))
         self.shape, self.dtype, self.ndim = (self._starts[-1], *first.shape[1:]), first.dtype, first.ndim
 
@@ -194,7 +199,9 @@ class Stacked:
         try:
             return np.load(file, mmap_mode="r")
         except (OSError, ValueError) as error:
-            raise ProbekitError(f"{str(file)!r}: is damaged or missing; delete its unit, the same command makes it again") from error
+            raise ProbekitError(
+                f"{str(file)!r}: is damaged or missing; delete its unit, the same command makes it again"
+            ) from error
 
 
 def _save_array(array: np.ndarray, path: Path) -> None:
