@@ -10,35 +10,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
 from probekit.hooks.errors import ProbekitError
-from probekit.runs.experiment import Bench, Experiment, Unit, Work
+
+from probekit.runs.experiment import Bench, Experiment, Unit, Work, names
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from probekit.data.dataset import Dataset
     from probekit.models import Model
     from probekit.sampling import Diffusion
 
 BLOCK = 64
 """Noises that a unit of samples starts from."""
+SHOWN = 6
+"""Pictures that are kept as pictures."""
+METHODS = "plain,fixed-point,renoised,edict"
+"""Every inversion."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Denoising(Experiment):
     """An experiment on a model that makes images from noise step by step."""
 
-    model: Annotated[str, typer.Option(help="A bundled model, a folder, a hub id, or one of the papers' files.")] = "avatar-ddpm"
+    model: Annotated[str, typer.Option(help="A bundled model, a folder, a hub id, or one of the papers' files.")] = (
+        "avatar-ddpm"
+    )
     prompt: Annotated[str | None, typer.Option(help="The caption of a text-to-image model's images.")] = None
     label: Annotated[int | None, typer.Option(min=0, help="The class of a DiT's images, by its number.")] = None
-    guidance: Annotated[
-        float, typer.Option(min=0, help="Classifier-free guidance; 1 is none, and inversion likes none.")
-    ] = 1.0
+    guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 is none, and inversion likes none.")] = 1.0
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of noise, samples and bootstrap.")] = 0
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16; text-to-image models only.")] = "auto"
-    batch_size: Annotated[
-        int, typer.Option(min=1, max=64, help="How many pictures go through the model at a time.")
-    ] = dataclasses.field(default=32, compare=False)
+    batch_size: Annotated[int, typer.Option(min=1, max=64, help="How many pictures go through the model at a time.")] = (
+        dataclasses.field(default=32, compare=False)
+    )
 
     @property
     def subject(self) -> str:
@@ -80,6 +85,43 @@ class Denoising(Experiment):
             made.append(diffusion.walk(part, lambda denoiser, states: sample(denoiser, states, schedule).end, self.batch_size))
             bench.advance(len(part))
         return Work(arrays={"noise": noise.numpy(), "states": torch.cat(made).numpy()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inverting(Denoising):
+    """An experiment on the latents that inversion gives."""
+
+    steps: Annotated[int, typer.Option(min=1, help="Steps of sampling and of inversion.")] = 50
+    renoised: Annotated[
+        int | None,
+        typer.Option(min=0, help="Steps that renoised replaces by fresh noise. [default: a twentieth, one at least]"),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.renoised is not None and self.renoised > self.steps:
+            raise ProbekitError(f"--renoised {self.renoised}: there are {self.steps} steps")
+
+    def inputs(self) -> dict[str, Any]:
+        """The model's fingerprint. Raises ProbekitError for what is no schedule of the model's."""
+        self.diffusion.schedule(self.steps)
+        return self.of_model()
+
+    def images_of(self, data: str) -> Dataset:
+        """A data set in the size of the model's images. Raises ProbekitError as `load_data`."""
+        from probekit.data import load_data
+
+        return load_data(data, self.diffusion.image_size)
+
+
+def inversions(text: str, flag: str) -> list[str]:
+    """`plain,edict` as the names of inversions. Raises ProbekitError, naming the option, for what is none."""
+    from probekit.sampling.inversions import INVERSIONS
+
+    for name in (chosen := names(text, flag)):
+        if name not in INVERSIONS:
+            raise ProbekitError(f"{flag} {text!r}: inversion {name!r}: choose {', '.join(INVERSIONS)}")
+    return chosen
 
 
 def step_counts(text: str) -> list[int]:

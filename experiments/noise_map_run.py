@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
-
 from probekit.experiments.denoising import Denoising, step_counts
 from probekit.hooks.errors import ProbekitError
+
 from probekit.runs.experiment import Bench, Findings, Unit, Work
 
 if TYPE_CHECKING:
@@ -59,10 +59,10 @@ class NoiseMapRun(Denoising):
     def work(self, unit: Unit, bench: Bench) -> Work:
         """A block of samples, or both directions for one number of steps: a row each, and pictures.
 
-        accuracy: the percent of rows whose nearest of all n candidates is their own partner; low, high: its 95% Wilson interval;
-        std: that of `splits` parts' accuracies; chance: 100 / n. wrong: how many rows have another nearest; named: how many
-        different candidates these name. own, other: mean L2 distance of the first 256 rows to their partner and to the nearest
-        of all others.
+        accuracy: the percent of rows whose nearest of all n candidates is their own partner; low, high: its 95% Wilson
+        interval; std: that of `splits` parts' accuracies; chance: 100 / n. wrong: how many rows have another nearest; named:
+        how many different candidates these name. own, other: mean L2 distance of the first 256 rows to their partner and to
+        the nearest of all others.
         """
         if not unit.needs:
             return self.sample_work(unit, bench)
@@ -84,10 +84,19 @@ class NoiseMapRun(Denoising):
             own, other = geometry.margin(queries, candidates)
             rows.append(
                 {
-                    "steps": steps, "direction": direction, "accuracy": 100 * accuracy, "std": 100 * std, "low": 100 * low,
-                    "high": 100 * high, "n": n, "chance": 100 / n, "wrong": int(wrong.sum()),
-                    "named": len(set(answers[wrong].tolist())), "own": own, "other": other,
-                }  # fmt: skip
+                    "steps": steps,
+                    "direction": direction,
+                    "accuracy": 100 * accuracy,
+                    "std": 100 * std,
+                    "low": 100 * low,
+                    "high": 100 * high,
+                    "n": n,
+                    "chance": 100 / n,
+                    "wrong": int(wrong.sum()),
+                    "named": len(set(answers[wrong].tolist())),
+                    "own": own,
+                    "other": other,
+                }
             )
         return Work(rows, self._pictures(noise, sampled, found[TO_NOISE].tolist(), found[TO_SAMPLE].tolist()))
 

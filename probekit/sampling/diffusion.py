@@ -24,8 +24,8 @@ class Diffusion:
     """A diffusion or flow model between noise and images.
 
     name: of the model. image_size: height and width of its images in pixels. shape: of a state, what noise is drawn in.
-    scheduler: diffusers', with the model's noise levels. network: the U-Net or transformer. denoiser: for a number of rows, what
-    predicts for them.
+    scheduler: diffusers', with the model's noise levels. network: the U-Net or transformer. denoiser: for a number of rows,
+    what predicts for them.
     encoder, decoder: images (n, 3, h, w) in [-1, 1] to noiseless states and back; None for a model of pixels, whose states are
     its images.
     tokens: the length of a state's token sequence, where the scheduler asks for it. told: the timestep that hooks see for a

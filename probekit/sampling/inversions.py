@@ -29,7 +29,7 @@ class Inversion:
 
     invert: (denoiser, image states, schedule, fresh noise, how many steps it replaces) to the trajectory to the latents, the
     last two for `renoised` only, which `draws`; back: (denoiser, latents, schedule) to the trajectory to the images. pairs:
-    whether its latents are pairs of states (n, 2, ...), in float64.
+    whether its latents are pairs of states (n, 2, ...), in float64 (on mps, which has none, in float32).
     """
 
     about: str
@@ -40,7 +40,12 @@ class Inversion:
 
 
 def _pair(states: Tensor) -> Tensor:
-    return torch.stack([states, states], 1).double()
+    return _precise(torch.stack([states, states], 1))
+
+
+def _precise(states: Tensor) -> Tensor:
+    """In float64, where the device has it."""
+    return states.float() if states.device.type == "mps" else states.double()
 
 
 INVERSIONS: dict[str, Inversion] = {
@@ -95,7 +100,7 @@ def inverted(
 
 def restored(diffusion: Diffusion, method: str, latents: Tensor, schedule: Schedule) -> Tensor:
     """Latents to noiseless states (n, ...), all in one batch: the way back of the method of that name, on the CPU."""
-    inversion = check_method(method)
-    there = latents.double() if inversion.pairs and diffusion.device.type != "mps" else latents
-    end = inversion.back(diffusion.denoiser(len(latents)), there.to(diffusion.device), schedule).end
+    inversion, device = check_method(method), diffusion.device
+    there = (latents.float() if device.type == "mps" else latents).to(device)
+    end = inversion.back(diffusion.denoiser(len(there)), _precise(there) if inversion.pairs else there, schedule).end
     return (end[:, 0] if inversion.pairs else end).float().cpu()

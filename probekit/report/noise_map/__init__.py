@@ -87,25 +87,36 @@ def _page(run: Run, rows: pd.DataFrame) -> bytes:
     return render(
         "noise_map/page.html",
         run,
-        name=Path(config["options"]["model"]).name, headline=headline(config, rows), accuracy=accuracy, examples=examples,
-        rows=_told(rows), headings=_headings(), to_noise=TO_NOISE,
-    )  # fmt: skip
+        name=Path(config["options"]["model"]).name,
+        headline=headline(config, rows),
+        accuracy=accuracy,
+        examples=examples,
+        rows=_told(rows),
+        headings=_headings(),
+        to_noise=TO_NOISE,
+    )
 
 
 def _told(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows as they are read."""
     return [
         {
-            "steps": r.steps, "direction": r.direction, "accuracy": f"{_percent(r.accuracy)} ± {r.std:.1f}",
-            "interval": f"{_percent(r.low)}–{_percent(r.high)}", "chance": f"{r.chance:.2g}", "own": f"{r.own:.4g}",
-            "other": f"{r.other:.4g}", "wrong": r.wrong, "named": r.named,
+            "steps": r.steps,
+            "direction": r.direction,
+            "accuracy": f"{_percent(r.accuracy)} ± {r.std:.1f}",
+            "interval": f"{_percent(r.low)}–{_percent(r.high)}",
+            "chance": f"{r.chance:.2g}",
+            "own": f"{r.own:.4g}",
+            "other": f"{r.other:.4g}",
+            "wrong": r.wrong,
+            "named": r.named,
             "paper": [
                 f"{_percent(by[r.steps][0])} ± {by[r.steps][1]:.1f}" if r.steps in (by := ways[r.direction]) else ""
                 for ways in PAPER.values()
             ],
         }
         for r in rows.itertuples()
-    ]  # fmt: skip
+    ]
 
 
 def _mistakes(row: Any) -> str:
@@ -159,16 +170,38 @@ def _lines(config: dict[str, Any], rows: pd.DataFrame) -> Figure:
             for name, (marker, colour, aside) in papers.items():
                 by = PAPER[name][direction]
                 ax.errorbar(
-                    [s * aside for s in by], [a for a, _ in by.values()], yerr=[std for _, std in by.values()], fmt=marker,
-                    ms=6, mfc="white", mec=colour, mew=1.4, color=colour, elinewidth=0.9, capsize=2, ls=":", lw=0.9,
-                    label=f"paper, {name}", zorder=2,
-                )  # fmt: skip
+                    [s * aside for s in by],
+                    [a for a, _ in by.values()],
+                    yerr=[std for _, std in by.values()],
+                    fmt=marker,
+                    ms=6,
+                    mfc="white",
+                    mec=colour,
+                    mew=1.4,
+                    color=colour,
+                    elinewidth=0.9,
+                    capsize=2,
+                    ls=":",
+                    lw=0.9,
+                    label=f"paper, {name}",
+                    zorder=2,
+                )
             own = rows[rows.direction == direction].sort_values("steps")
             spread = [(own.accuracy - own.low).clip(lower=0), (own.high - own.accuracy).clip(lower=0)]
             ax.errorbar(
-                own.steps, own.accuracy, yerr=spread, fmt="o-", ms=6, lw=1.8, color="#2f6db5", ecolor="#2f6db5",
-                elinewidth=1.4, capsize=3, label=Path(config["options"]["model"]).name, zorder=3,
-            )  # fmt: skip
+                own.steps,
+                own.accuracy,
+                yerr=spread,
+                fmt="o-",
+                ms=6,
+                lw=1.8,
+                color="#2f6db5",
+                ecolor="#2f6db5",
+                elinewidth=1.4,
+                capsize=3,
+                label=Path(config["options"]["model"]).name,
+                zorder=3,
+            )
             ax.axhline(rows.chance.iloc[0], color="#8a8880", lw=0.9, ls=(0, (4, 3)), zorder=1, label="chance")
             ax.set_xscale("log")
             ax.set_xticks(ticks, [f"{s:,}" for s in ticks])
@@ -203,10 +236,11 @@ def _examples(folder: Path, steps: int) -> Figure:
     blocks = [
         ("found", "samples", {"sample": "sample", "own": "its noise", "nearest": "nearest noise"}),
         (
-            "missed", "noises that are nearer to another sample",
+            "missed",
+            "noises that are nearer to another sample",
             {"noise": "noise", "own": "its sample", "nearest": "nearest sample"},
         ),
-    ]  # fmt: skip
+    ]
     shown = [(kind, title, parts, _numbers(images, kind)) for kind, title, parts in blocks]
     shown = [block for block in shown if block[3]]
     side, label, top, gap = 0.86, 1.05, 0.34, 0.2  # inches
