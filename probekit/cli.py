@@ -59,7 +59,11 @@ def _command(experiment: type[Experiment]) -> Callable[..., None]:
 
     def command(**given: Any) -> None:
         run = {name: given.pop(name) for name in _HOW}
-        findings = experiment(**given).run(**run)
+        try:
+            findings = experiment(**given).run(**run)
+        except KeyboardInterrupt as stopped:
+            typer.echo(f"probekit: {stopped or 'interrupted, before anything was begun'}", err=True)
+            raise typer.Exit(130) from None
         if findings is None:
             typer.echo(f"this part is done ({run['shard']}); units of others are missing: whoever comes last collects")
         else:
@@ -184,10 +188,6 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except Exception as error:
-        interrupted = _interruption(error)
-        if interrupted is not None:
-            typer.echo(f"probekit: {interrupted}", err=True)
-            sys.exit(130)
         if isinstance(error, ProbekitError):
             said = str(error)
         elif hasattr(error, "format_message"):  # typer's, about options: it would draw a box
@@ -198,11 +198,3 @@ def main() -> None:
             typer.echo(f"probekit: {' '.join(said.split())}", err=True)
         sys.exit(2)
     sys.exit(code or 0)
-
-
-def _interruption(error: BaseException) -> str | None:
-    """What a KeyboardInterrupt said, which typer turns into an error of its own; None for anything else."""
-    cause = error.__context__ if type(error).__name__ == "Abort" else None
-    if type(error).__name__ != "Abort":
-        return None
-    return str(cause) or "interrupted" if isinstance(cause, KeyboardInterrupt) else "interrupted"

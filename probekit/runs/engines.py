@@ -40,17 +40,16 @@ def run(
             _with_ray(experiment, opened, queue, address or None, workers)
         else:
             _here(experiment, opened, queue)
+        if not all(opened.finished(unit.name) for unit in units):
+            return None
+        findings = experiment.findings(opened, opened.collect([unit.name for unit in units]))
+        findings.write()
+        return findings
     except KeyboardInterrupt:
         done = sum(opened.finished(unit.name) for unit in units)
         raise KeyboardInterrupt(
             f"interrupted: {done} of {len(units)} units are kept in {opened.folder}; the same command goes on from there"
         ) from None
-    missing = [unit.name for unit in units if not opened.finished(unit.name)]
-    if missing:
-        return None
-    findings = experiment.findings(opened, opened.collect([unit.name for unit in units]))
-    findings.write()
-    return findings
 
 
 def _of_shard(units: Sequence[Unit], part: int, whole: int) -> list[Unit]:
