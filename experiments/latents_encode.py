@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
 from probekit.hooks.errors import ProbekitError
+
 from probekit.runs.experiment import Options
 
 
@@ -19,15 +19,15 @@ class LatentsEncode(Options):
     model: Annotated[str, typer.Argument(help="MODEL, MODEL:SPACE or MODEL:SPACE:key=value; file.py:Class for one's own.")]
     data: Annotated[str, typer.Option(help="avatars, scenes, celeba:PATH, folder:PATH or a folder.")] = "avatars"
     split: Annotated[str, typer.Option(help="train or test.")] = "test"
-    n: Annotated[
-        int | None, typer.Option("--n", min=1, help="How many images, the split's first. [default: all of them]")
-    ] = None
+    n: Annotated[int | None, typer.Option("--n", min=1, help="How many images, the split's first. [default: all of them]")] = (
+        None
+    )
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of noise.")] = 0
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto"
     out: Annotated[Path | None, typer.Option(help="The folder to write to. [default: runs/latents/…]")] = None
 
     def run(self) -> str:
-        """Encode what is not yet; returns what was done. Raises ProbekitError for what cannot be encoded, and as `LatentStore`."""
+        """Encode what is not yet; returns what was done. Raises ProbekitError for what cannot be, and as `LatentStore`."""
         from probekit.data import load_data
         from probekit.latents.codes import common_size
         from probekit.latents.store import LatentStore, default_folder

@@ -12,12 +12,14 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, VQModel
+from probekit.experiments import DynamicsDiffusion
 from torch import Tensor
 
-from probekit.metrics.similarity import cka
-from probekit.models import load_diffusion
-from probekit.report.dynamics_diffusion import headline, standings
+from probekit import ProbekitError, load
 from probekit.images import load_png
+from probekit.metrics.similarity import cka
+from probekit.report.dynamics_diffusion import headline, standings
+from probekit.runs.folder import Run
 from probekit.sampling import sample
 from tests.conftest import killed, probekit, refused, smooth, tiny
 
@@ -51,7 +53,8 @@ def rows(folder: Path) -> pd.DataFrame:
 
 
 def states(run: Path, step: int) -> Tensor:
-    return torch.from_numpy(np.load(run / "states" / f"step-{step:09d}.npy"))
+    blocks = sorted((run / "states").glob(f"samples-{step:09d}-*/states.npy"))
+    return torch.from_numpy(np.concatenate([np.load(block) for block in blocks]))
 
 
 def test_every_checkpoint_has_every_measure_with_its_interval_and_chance(rows: pd.DataFrame) -> None:
@@ -85,7 +88,7 @@ def test_samples_are_those_of_the_same_noises_and_measures_are_of_the_stored_sam
     value = rows.set_index(["step", "measure"]).value
     noise, last = torch.Tensor(), states(folder / "whole", 100)
     for step in (5, 100):
-        _, diffusion = load_diffusion(str(folder / "my-ddpm" / f"step-{step:06d}"), device="cpu")
+        diffusion = load(folder / "my-ddpm" / f"step-{step:06d}", device="cpu").diffusion
         noise = diffusion.noise(range(N), 0)
         made, kept = sample(diffusion.denoiser(4), noise[62:66], diffusion.schedule(STEPS)).end, states(folder / "whole", step)
         assert kept.shape == noise.shape and torch.allclose(made, kept[62:66], rtol=1e-3, atol=1e-3)
@@ -101,7 +104,7 @@ def test_samples_are_those_of_the_same_noises_and_measures_are_of_the_stored_sam
 
 
 def test_psnr_and_ssim_are_those_of_torchmetrics(folder: Path, rows: pd.DataFrame) -> None:
-    from probekit.experiments.dynamics import picture_measures
+    from probekit.experiments.dynamics_diffusion import picture_measures
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
     pictures, final = (states(folder / "whole", step).clamp(-1, 1) for step in (5, 100))
@@ -121,16 +124,73 @@ def test_psnr_and_ssim_are_those_of_torchmetrics(folder: Path, rows: pd.DataFram
 
 def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(folder: Path) -> None:
     run = folder / "killed"
-    unit, mark = run / "units" / "step-000000005.parquet", run / "states" / "step-000000040.done"
-    killed(*RUN, "--out", "killed", cwd=folder, when=lambda: unit.exists() and mark.exists())
+    first = [run / "units" / f"samples-000000005-{start:07d}.parquet" for start in (0, 64, 128)]
+    second = run / "units" / "samples-000000040-0000000.parquet"
+    killed(*RUN, "--out", "killed", cwd=folder, when=second.exists)
     assert not (run / "results.parquet").exists(), "it was over before it could be killed"
-    assert mark.read_text().split()[0] in ("64", "128")  # in the middle of a checkpoint's samples
-    finished = {p: p.stat().st_mtime_ns for p in (unit, run / "states" / "step-000000100.npy")}
+    assert not (run / "units" / "samples-000000100-0000128.parquet").exists()  # in the middle of the samples
+    finished = {p: p.stat().st_mtime_ns for p in [*first, second, run / "states" / "samples-000000005-0000064" / "states.npy"]}
     again = probekit(*RUN, "--out", "killed", cwd=folder)
     assert again.returncode == 0, again.stderr
     assert {p: p.stat().st_mtime_ns for p in finished} == finished
-    for name in ("results.parquet", "figures/measures.svg", "figures/pictures.svg", "states/step-000000040.npy"):
+    states = "states/samples-000000040-0000064/states.npy"
+    for name in ("results.parquet", "figures/measures.svg", "figures/pictures.svg", states):
         assert (run / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
+
+
+def test_shards_in_any_order_give_the_bytes_of_one_run_and_python_the_same_findings(
+    folder: Path, rows: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    dynamics = DynamicsDiffusion(model="my-ddpm", steps=STEPS, n=N, batch_size=16)
+    shutil.copytree("whole", "again")
+    before = {path: path.stat().st_mtime_ns for path in (folder / "again" / "units").iterdir()}
+    found = dynamics.run(out="again")  # goes on where the command line stopped: there is nothing left
+    pd.testing.assert_frame_equal(found.rows, rows)
+    assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 3 * 3 + 3
+    page = found._repr_html_()
+    assert page.count("<svg") == 2 and "mapping between noise and sample" in page and "k-NN overlap" in page
+    assert dynamics.run(out="shards", shard="3/3") is None and dynamics.run(out="shards", shard="1/3") is None
+    of_first = sorted(path.stem for path in (folder / "shards" / "units").glob("*"))
+    assert not [name for name in of_first if "000000040" in name]  # a checkpoint's units are one shard's
+    assert dynamics.run(out="shards", shard="2/3") is not None
+    for name in ("results.parquet", "figures/pictures.svg"):
+        assert (folder / "shards" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
+
+
+def test_checkpoints_are_loaded_once_to_sample_and_never_to_measure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from probekit import models
+
+    monkeypatch.chdir(folder)
+    loads: list[Path] = []
+    original = models.load
+    monkeypatch.setattr(models, "load", lambda path, **options: (loads.append(path), original(path, **options))[1])
+    dynamics = DynamicsDiffusion(model="my-ddpm", steps=2, n=70)
+    inputs = dynamics.inputs()
+    assert len(loads) == 3 and list(inputs["checkpoints"]) == ["5", "40", "100"]
+    dynamics.run(out="short")
+    assert len(loads) == 3 + 3 + 3  # its own inputs, then the samples
+
+
+def test_latent_diffusion_is_compared_by_its_decoded_pictures(ldm_folder: Path, tmp_path: Path) -> None:
+    for step in (1, 2):
+        shutil.copytree(ldm_folder, tmp_path / "my-ldm" / f"step-{step}")
+    run = DynamicsDiffusion(model=str(tmp_path / "my-ldm"), steps=2, n=16, device="cpu").run(out=tmp_path / "run").run.folder
+    kept = states(run, 1)
+    decoded = load(ldm_folder, device="cpu").diffusion.decode(kept)
+    pictures = np.load(run / "states" / "samples-000000001-0000000" / "pictures.npy")
+    assert kept.shape == (16, 3, 8, 8) and np.allclose(pictures, decoded.numpy(), atol=1e-5)
+    shown = load_png(run / "images" / "step-000000002" / "3.png")
+    assert shown.shape == (3, 16, 16) and (shown - decoded[3]).abs().max() < 1 / 127
+
+
+def test_captions_make_a_series_too_and_another_caption_is_another_run(tmp_path: Path, tiny_sd: Any) -> None:
+    for step in (1, 2):
+        tiny_sd.save_pretrained(tmp_path / "my-sd" / f"step-{step}")
+    run = ["dynamics", "diffusion", "--model", "my-sd", "--steps", 2, "--n", 16, "--device", "cpu", "--out", "run"]
+    assert probekit(*run, "--prompt", "a red fish", cwd=tmp_path).returncode == 0
+    assert "with the prompt “a red fish”" in (tmp_path / "run" / "report.html").read_text()
+    assert "prompt 'a red fish' there, 'a dog' here" in refused(*run, "--prompt", "a dog", cwd=tmp_path)
 
 
 def test_a_finished_run_is_described_without_its_samples_and_its_report_needs_nothing(folder: Path, tmp_path: Path) -> None:
@@ -148,8 +208,9 @@ def test_a_finished_run_is_described_without_its_samples_and_its_report_needs_no
     assert "nan" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL).lower()
     assert not re.search(r'(src|href)="(?!data:|#|\$)|url\((?!#)|@import|fetch\(', page)
     assert sorted(p.name for p in (run / "figures").glob("*.svg")) == ["measures.svg", "pictures.svg"]
-    options = json.loads((run / "config.json").read_text())["options"]
-    assert list(options["checkpoints"]) == ["5", "40", "100"] and options["neighbours"] == 13
+    config = json.loads((run / "config.json").read_text())
+    assert list(config["inputs"]["checkpoints"]) == ["5", "40", "100"] and "neighbours are 13 of 130" in page
+    assert "batch_size" not in config["options"]
 
 
 def measured(**values: list[float]) -> pd.DataFrame:
@@ -194,35 +255,46 @@ def test_the_headline_says_when_the_mapping_stands() -> None:
 
 
 def test_an_untrained_checkpoint_and_a_great_many_of_them_have_a_place_in_the_figures(folder: Path, tmp_path: Path) -> None:
-    from probekit.report.dynamics_diffusion import COLUMNS, _columns, write_report
+    from probekit.report.dynamics_diffusion import COLUMNS, _columns, findings
 
     shutil.copytree(folder / "whole" / "images", tmp_path / "images")
-    config = json.loads((folder / "whole" / "config.json").read_text())
+    shutil.copyfile(folder / "whole" / "config.json", tmp_path / "config.json")
     rows = measured(CKA=[0.2, 0.5, 1])
     rows["step"] = rows.step.replace({10: 0})
-    assert "from step 0" in write_report(tmp_path, config, rows).read_text()
+    assert "from step 0" in findings(Run.opened(tmp_path), rows, 10).write().read_text()
     chosen = _columns(list(range(1, 41)))
     assert len(chosen) == COLUMNS and chosen[0] == 1 and chosen[-1] == 40 and chosen == sorted(set(chosen))
 
 
-def test_bad_input_is_refused_in_one_line_before_anything_is_written(folder: Path, tmp_path: Path, tiny_sd: Any) -> None:
+def test_bad_input_is_refused_in_one_line_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
     first, last = (folder / "my-ddpm" / f"step-{step:06d}" for step in (5, 100))
-    for name in ("one", "mixed", "sizes", "captions"):
+    for name in ("one", "mixed", "sizes"):
         shutil.copytree(last, tmp_path / name / "step-000100")
     VQModel(block_out_channels=(8,), norm_num_groups=4, sample_size=8).save_pretrained(tmp_path / "mixed" / "step-000005")
     save(tiny(sample_size=16), tmp_path / "sizes" / "step-000005")
-    tiny_sd.save_pretrained(tmp_path / "captions" / "step-000005")
     before = sorted(tmp_path.rglob("*"))
     for model, said in {
         first: "0 checkpoints",
         "one": "1 checkpoints",
-        "mixed": "step-000005 is a vqvae, which makes no images from noise",
+        "mixed": "step-000005': a vqvae, which makes no images from noise",
         "sizes": "step 5 has states 3x16x16 and images of 16 pixels, step 100 has states 3x8x8",
-        "captions": "step-000005 is a text-to-image pipeline",
         "nowhere": "--model 'nowhere'",
     }.items():
         assert said in refused("dynamics", "diffusion", "--model", model, "--out", "run", cwd=tmp_path)
     many = refused("dynamics", "diffusion", "--model", first.parent, "--steps", "1001", "--out", "run", cwd=tmp_path)
     assert "steps 1001: choose 1 to 1000" in many
     assert "--n" in refused("dynamics", "diffusion", "--n", "15", "--out", "run", cwd=tmp_path)
+    captioned = refused("dynamics", "diffusion", "--model", first.parent, "--prompt", "a dog", "--out", "run", cwd=tmp_path)
+    assert "--prompt 'a dog'" in captioned and "takes none" in captioned
+    nowhere = refused("dynamics", "diffusion", "--model", first.parent, "--device", "nowhere", "--out", "run", cwd=tmp_path)
+    assert "device 'nowhere'" in nowhere
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"n": 15}, "--n 15"), ({"steps": 0}, "--steps 0"), ({"batch_size": 65}, "--batch-size 65"), ({"model": 3}, "--model 3")],
+)
+def test_bad_options_are_refused_in_python_as_on_the_command_line(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ProbekitError, match=said):
+        DynamicsDiffusion(**options)

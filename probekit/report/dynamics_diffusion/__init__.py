@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from PIL import Image
-
-from probekit.report.figures import command_line, render, save_figure, style
-from probekit.files import write_whole
+from probekit.report.figures import render, save_figure, style
+from probekit.report.findings import Findings, Table
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from probekit.runs.folder import Run
 
 TOLERANCE = 0.05
 """How far from where it ends a measure that stands may be, as a share of the way there from chance."""
@@ -107,36 +106,38 @@ def shown(measure: str, value: float) -> str:
     return f"{value:.{digits}f} {_UNITS.get(measure, '')}".rstrip()
 
 
-def print_standings(rows: pd.DataFrame) -> None:
-    """One line a measure."""
-    from rich.table import Table
-
-    from probekit.report.terminal import console
-
-    table = Table(title="the same noises through every checkpoint (in brackets: by chance)", title_justify="left")
-    for heading in ("measure", "first", "last but one", "last", "stands from step"):
-        table.add_column(heading, justify="left" if heading == "measure" else "right")
+def findings(run: Run, rows: pd.DataFrame, neighbours: int) -> Findings:
+    """What a run's rows come to: a line a measure; neighbours are those of the k-NN overlap."""
+    columns = ("measure", "first", "last but one", "last", "stands from step")
+    told = []
     for row in standings(rows):
         cells = (f"{shown(row.measure, v)} ({shown(row.measure, chance)})" for v, chance in (row.first, row.before, row.last))
-        table.add_row(row.measure, *cells, "–" if row.step is None else f"{row.step:,}")
-    console().print(table)
+        told.append((row.measure, *cells, "–" if row.step is None else f"{row.step:,}"))
+    table = Table("the same noises through every checkpoint (in brackets: by chance)", columns, told, text=("measure",))
+    return Findings(run, rows, [table], lambda: _page(run, rows, neighbours), ("measures", "pictures"), headline(rows))
 
 
-def write_report(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> Path:
-    """Write figures/ (PNG and SVG) and report.html; returns the page's path."""
-    (folder / "figures").mkdir(exist_ok=True)
-    lines = save_figure(_lines(rows), folder / "figures" / "measures")
+def unit(step: int) -> str:
+    """The name of the unit of a checkpoint's measures and pictures."""
+    return f"step-{step:09d}"
+
+
+def _page(run: Run, rows: pd.DataFrame, neighbours: int) -> bytes:
     steps = sorted(rows.step.unique().tolist())
-    strip = save_figure(_strip(folder, _columns(steps)), folder / "figures" / "pictures")
-    by = {s.measure: s for s in standings(rows)}
-    page = render(
-        "dynamics_diffusion.html",
-        config=config, options=config["options"], command=command_line(config["command"]), lines=lines, strip=strip,
-        steps=steps, columns=len(_columns(steps)), standings=by, shown=shown, headline=headline(rows), tolerance=TOLERANCE,
-    )  # fmt: skip
-    report = folder / "report.html"
-    write_whole(report, page)
-    return report
+    columns = _columns(steps)
+    return render(
+        "dynamics_diffusion/page.html",
+        run,
+        lines=save_figure(_lines(rows), run.folder / "figures" / "measures"),
+        strip=save_figure(_strip(run, columns), run.folder / "figures" / "pictures"),
+        steps=steps,
+        columns=len(columns),
+        standings={standing.measure: standing for standing in standings(rows)},
+        shown=shown,
+        headline=headline(rows),
+        tolerance=TOLERANCE,
+        neighbours=neighbours,
+    )
 
 
 def _lines(rows: pd.DataFrame) -> Figure:
@@ -145,15 +146,13 @@ def _lines(rows: pd.DataFrame) -> Figure:
     Rings: from there on it stands. What compares with the last checkpoint is drawn dashed to the last, its own value.
     """
     import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
     steps = sorted(rows.step.unique().tolist())
     rings = {s.measure: s.step for s in standings(rows)}
-    with plt.rc_context(style()):
-        figure = plt.figure(figsize=(9.6, 6.3), layout="constrained")
+    with matplotlib.rc_context(style()):
+        figure = Figure(figsize=(9.6, 6.3), layout="constrained")
         grid = figure.add_gridspec(2, 6, height_ratios=(1.25, 1))
         places = (grid[0, :3], grid[0, 3:], grid[1, :2], grid[1, 2:4], grid[1, 4:])
         for place, (title, (label, measures)) in zip(places, _PANELS.items(), strict=True):
@@ -189,7 +188,6 @@ def _lines(rows: pd.DataFrame) -> Figure:
             if not narrow:
                 above = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "ncols": len(measures), "borderpad": 0.2}
                 ax.legend(**above, frameon=False, fontsize=8.5)
-        plt.close(figure)
     return figure
 
 
@@ -211,28 +209,27 @@ def _columns(steps: list[int]) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)]
 
 
-def _strip(folder: Path, columns: list[int]) -> Figure:
+def _strip(run: Run, columns: list[int]) -> Figure:
     """A row a noise, a column a checkpoint: what the noise becomes. Pictures that are gone leave their places empty."""
     import matplotlib
+    from matplotlib.figure import Figure
+    from PIL import Image
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    kept = {int(file.stem) for step in columns for file in (folder / "images" / f"step-{step:09d}").glob("*.png")}
+    folders = {step: run.picture(unit(step), "0").parent for step in columns}
+    kept = {int(file.stem) for folder in folders.values() for file in folder.glob("*.png")}
     lines = sorted(kept | {0})
     left, top, size = 0.75, 0.46, 0.78  # inches
-    with plt.rc_context(style()):
+    with matplotlib.rc_context(style()):
         width, height = left + size * len(columns), top + size * len(lines)
-        figure, axes = plt.subplots(
-            len(lines), len(columns), figsize=(width, height), squeeze=False, gridspec_kw={"wspace": 0.05, "hspace": 0.05}
-        )
+        figure = Figure(figsize=(width, height))
+        axes = figure.subplots(len(lines), len(columns), squeeze=False, gridspec_kw={"wspace": 0.05, "hspace": 0.05})
         for i, line in enumerate(lines):
             for j, step in enumerate(columns):
                 ax = axes[i, j]
                 ax.set(xticks=[], yticks=[])
                 for spine in ax.spines.values():  # white pictures on white
                     spine.set(visible=True, color="#dedcd3", linewidth=0.6)
-                file = folder / "images" / f"step-{step:09d}" / f"{line}.png"
+                file = folders[step] / f"{line}.png"
                 if file.exists():
                     ax.imshow(Image.open(file), interpolation="none")
                 if i == 0:
@@ -242,5 +239,4 @@ def _strip(folder: Path, columns: list[int]) -> Figure:
         figure.text((left + size * len(columns) / 2) / width, 1 - 0.03 / height, "training steps", ha="center", va="top",
                     fontsize=9, fontweight="bold")  # fmt: skip
         figure.subplots_adjust(left=left / width, right=1 - 0.02 / width, bottom=0.02 / height, top=1 - top / height)
-        plt.close(figure)
     return figure

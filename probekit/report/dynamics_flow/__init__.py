@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from probekit.report.figures import command_line, render, save_figure, style
-from probekit.files import write_whole
+from probekit.report.figures import render, save_figure, style
+from probekit.report.findings import Findings, Table
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from probekit.runs.folder import Run
 
 SHOWN = 10
 """Attributes that have a line of their own: those that change most."""
@@ -34,48 +35,47 @@ def plateaus(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found).sort_values(["step", "last"], ascending=[True, False], kind="stable")
 
 
-def print_plateaus(rows: pd.DataFrame) -> None:
-    """One line an attribute, the earliest first."""
-    from rich.table import Table
-
-    from probekit.report.terminal import console
-
-    table = Table(title="probe accuracy in percent over training", title_justify="left")
-    for heading in ("attribute", "first", "last", "stands from step"):
-        table.add_column(heading, justify="left" if heading == "attribute" else "right")
-    for row in plateaus(rows).itertuples():
-        table.add_row(row.attribute, f"{row.first:.0f}", f"{row.last:.0f}", f"{row.step:,}")
-    console().print(table)
+def headline(rows: pd.DataFrame) -> str:
+    """The finding in a sentence."""
+    half, end = _half(rows), int(rows.step.max())
+    return f"Half of the attributes stand from step {half:,} on, {100 * half / end:.0f} % of the training."
 
 
-def write_report(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> Path:
-    """Write figures/ (PNG and SVG) and report.html; returns the page's path."""
-    (folder / "figures").mkdir(exist_ok=True)
-    figure = save_figure(_lines(rows), folder / "figures" / "accuracy")
-    steps = sorted(rows.step.unique().tolist())
-    found = plateaus(rows)
-    page = render(
-        "dynamics.html",
-        config=config, options=config["options"], command=command_line(config["command"]), figure=figure, steps=steps,
-        plateaus=found.to_dict("records"), half=int(found.step.median()),
-    )  # fmt: skip
-    report = folder / "report.html"
-    write_whole(report, page)
-    return report
+def findings(run: Run, rows: pd.DataFrame) -> Findings:
+    """What a run's rows come to: a line an attribute, the earliest first."""
+    told = [(str(r.attribute), f"{r.first:.0f}", f"{r.last:.0f}", f"{r.step:,}") for r in plateaus(rows).itertuples()]
+    columns = ("attribute", "first", "last", "stands from step")
+    table = Table("probe accuracy in percent over training", columns, told, text=("attribute",))
+    return Findings(run, rows, [table], lambda: _page(run, rows), ("accuracy",), headline(rows))
+
+
+def _page(run: Run, rows: pd.DataFrame) -> bytes:
+    return render(
+        "dynamics_flow/page.html",
+        run,
+        figure=save_figure(_lines(rows), run.folder / "figures" / "accuracy"),
+        steps=sorted(rows.step.unique().tolist()),
+        plateaus=plateaus(rows).to_dict("records"),
+        headline=headline(rows),
+    )
+
+
+def _half(rows: pd.DataFrame) -> int:
+    """The step from which on half of the attributes stand."""
+    return int(plateaus(rows).step.median())
 
 
 def _lines(rows: pd.DataFrame) -> Figure:
     """Figure 4: accuracy of each attribute's probe at every checkpoint, with intervals; the mean of all in black."""
     import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     wide = rows.pivot(index="step", columns="attribute", values="accuracy")
     shown = (wide.max() - wide.min()).sort_values(ascending=False, kind="stable").index[:SHOWN]
-    colours = plt.get_cmap("tab10")
-    with plt.rc_context(style()):
-        figure, ax = plt.subplots(figsize=(8.2, 4.4), layout="constrained")
+    colours = matplotlib.colormaps["tab10"]
+    with matplotlib.rc_context(style()):
+        figure = Figure(figsize=(8.2, 4.4), layout="constrained")
+        ax = figure.add_subplot()
         for attribute in wide.columns.difference(shown):
             ax.plot(wide.index, wide[attribute], color="#d5d4cf", lw=0.8, zorder=1)
         for i, attribute in enumerate(shown):
@@ -89,5 +89,4 @@ def _lines(rows: pd.DataFrame) -> Figure:
         ax.axhline(50, color="#8a8880", lw=0.8, ls=":")
         ax.set(xlabel="training steps", ylabel="probe accuracy, %", ylim=(45, 101))
         ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
-        plt.close(figure)
     return figure
