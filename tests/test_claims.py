@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from probekit.metrics import geometry
-from probekit.models import load_diffusion
+from probekit.models import load
 from probekit.sampling import Diffusion, Schedule, invert, invert_coupled, invert_fixed_point, sample, sample_coupled
 
 N, STEPS = 64, 50
@@ -29,7 +29,7 @@ class Made:
 
 @pytest.fixture(scope="module", params=["avatar-ddpm", "avatar-ldm", "mini-flow"])
 def made(request: pytest.FixtureRequest) -> Made:
-    _, diffusion = load_diffusion(request.param, device="cpu")
+    diffusion = load(request.param, device="cpu").diffusion
     schedule, noise, denoiser = diffusion.schedule(STEPS), diffusion.noise(range(N), 7), diffusion.denoiser(N)
     with torch.no_grad():
         trajectory = sample(denoiser, noise, schedule, keep=range(STEPS + 1))

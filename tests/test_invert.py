@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,11 +12,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from probekit.experiments import invert as experiment
-from probekit.experiments.invert import slerp
+from probekit.experiments import InvertInterpolate, InvertRun, InvertTrajectory, invert_trajectory
 
-from probekit.models import load_diffusion
-from probekit.sampling import invert, sample
+from probekit import ProbekitError, load
+from probekit.data import load_data
+from probekit.runs.folder import Run
+from probekit.sampling import Diffusion, invert, sample
+from probekit.sampling.inversions import INVERSIONS, inverted, restored
 from tests.conftest import killed, killed_once, probekit, refused, smooth
 
 
@@ -32,6 +35,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def diffusion_of(folder: Path, name: str = "ddpm") -> Diffusion:
+    return load(str(folder / name), device="cpu").diffusion
+
+
 RUN = ["invert", "run", "--model", "ddpm", "--steps", "20", "--n", "24", "--device", "cpu"]
 
 
@@ -44,7 +51,7 @@ def finished(folder: Path) -> Path:
 
 def test_the_rows_are_what_the_models_latents_measure(folder: Path, finished: Path) -> None:
     rows = pd.read_parquet(finished / "results.parquet").set_index(["method", "measure"])
-    _, diffusion = load_diffusion(str(folder / "ddpm"), device="cpu")
+    diffusion = diffusion_of(folder)
     noise, schedule, denoiser = diffusion.noise(range(24), 0), diffusion.schedule(20), diffusion.denoiser(24)
     image = sample(denoiser, noise, schedule).end
     latent = invert(denoiser, image, schedule).end
@@ -76,8 +83,41 @@ def test_noise_measures_as_noise(finished: Path) -> None:
     assert sum(corners) == pytest.approx(180, abs=1e-3)
 
 
-@pytest.mark.parametrize("report", ["report.html"])
-def test_the_page_needs_nothing_beside_itself_and_describe_writes_it_again(folder: Path, finished: Path, report: str) -> None:
+@pytest.mark.parametrize("method", ["plain", "fixed-point", "edict"])
+def test_latents_are_those_of_the_space_byte_for_byte(folder: Path, finished: Path, method: str) -> None:
+    run = Run.opened(finished)
+    images = torch.from_numpy(run.arrays("samples-20-0000000")["states"])
+    space = load(str(folder / "ddpm"), device="cpu").space("inverted", method=method, steps=20)
+    kept = run.arrays(f"{method}-0000000")["latents"]
+    assert kept.shape == (24, *space.shape) and kept.dtype == np.float32
+    assert kept.tobytes() == space.encode(images).numpy().tobytes()
+
+
+@pytest.mark.parametrize("method", list(INVERSIONS))
+def test_a_unit_s_arrays_are_the_way_there_and_back_in_the_precision_that_it_needs(
+    folder: Path, finished: Path, method: str
+) -> None:
+    run, diffusion = Run.opened(finished), diffusion_of(folder)
+    images = torch.from_numpy(run.arrays("samples-20-0000000")["states"])
+    schedule, fresh = diffusion.schedule(20), diffusion.fresh_noise(range(24), 0)
+    there = inverted(diffusion, method, images, schedule, fresh)
+    found = run.arrays(f"{method}-0000000")
+    assert found["latents"].tobytes() == there.end.float().numpy().tobytes()
+    assert found["back"].tobytes() == restored(diffusion, method, there.end, schedule).numpy().tobytes()
+    assert found["calls"].tolist() == [there.calls] * 24
+    if method == "edict":  # whose pairs, rounded, would not lead back where they came from
+        rounded = restored(diffusion, method, torch.from_numpy(found["latents"]), schedule)
+        error, exact = ((back - images).abs().max() for back in (rounded, torch.from_numpy(found["back"])))
+        assert exact < 0.1 * error
+
+
+def test_noise_is_that_of_its_number(folder: Path, finished: Path) -> None:
+    noise = Run.opened(finished).arrays("samples-20-0000000")["noise"]
+    assert torch.equal(torch.from_numpy(noise[7]), diffusion_of(folder).noise([7], 0)[0])
+
+
+def test_the_page_needs_nothing_beside_itself_and_describe_writes_it_again(folder: Path, finished: Path) -> None:
+    report = "report.html"
     page = (finished / report).read_text()
     assert "http" not in re.sub(
         r"http://www\.w3\.org/\S+|https://matplotlib\.org/?|http://purl\.org/\S+|http://creativecommons\.org/\S+", "", page
@@ -88,14 +128,53 @@ def test_the_page_needs_nothing_beside_itself_and_describe_writes_it_again(folde
     assert (finished / report).read_text() == page.replace("\r", "")
 
 
+def written(folder: Path) -> dict[Path, int]:
+    """When each unit and array was written."""
+    return {path: path.stat().st_mtime_ns for part in ("units", "states") for path in (folder / part).rglob("*.*")}
+
+
 def test_killed_and_started_again_gives_the_same_rows_and_makes_nothing_twice(folder: Path, finished: Path) -> None:
-    states = folder / "killed" / "states"
-    killed(*RUN, "--out", "killed", cwd=folder, when=(states / "plain-20.done").exists)
+    units = folder / "killed" / "units"
+    killed(*RUN, "--out", "killed", cwd=folder, when=(units / "plain-0000000.parquet").exists)
     assert not (folder / "killed" / "results.parquet").exists(), "it was over before it could be killed"
-    before = (states / "samples-20.npy").stat().st_ino, (states / "samples-20.done").stat().st_mtime_ns
+    done = {path.stem for path in units.glob("*.parquet")}
+    before = {path: at for path, at in written(folder / "killed").items() if done & {path.stem, path.parent.name}}
+    assert {"samples-20-0000000", "plain-0000000"} <= done and len(before) >= 7
     assert probekit(*RUN, "--out", "killed", cwd=folder).returncode == 0
-    assert ((states / "samples-20.npy").stat().st_ino, (states / "samples-20.done").stat().st_mtime_ns) == before
-    assert (folder / "killed" / "results.parquet").read_bytes() == (finished / "results.parquet").read_bytes()
+    assert {path: at for path, at in written(folder / "killed").items() if path in before} == before
+    for name in ("results.parquet", "states/edict-0000000/back.npy", "images/edict/latent-0.png", "figures/correlation.svg"):
+        assert (folder / "killed" / name).read_bytes() == (finished / name).read_bytes(), name
+    assert "steps 20 there, 10 here" in refused(*RUN, "--steps", "10", "--out", "killed", cwd=folder)
+
+
+def test_from_python_the_findings_are_those_of_the_command_line_and_nothing_is_done_again(
+    folder: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    before = written(finished)
+    found = InvertRun(model="ddpm", steps=20, n=24, device="cpu", batch_size=8).run(out="whole")
+    assert written(finished) == before
+    pd.testing.assert_frame_equal(found.rows, pd.read_parquet(finished / "results.parquet"))
+    html = found._repr_html_()
+    assert html.count("<svg") == 4 and "round-trip error" in html and "most faithful way there and back is" in html
+
+
+@pytest.mark.parametrize("order", [(3, 1, 2), (2, 3, 1)])
+def test_shards_in_any_order_give_the_bytes_of_one_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...]
+) -> None:
+    monkeypatch.chdir(folder)
+    asked = InvertRun(model="ddpm", steps=4, n=150, methods="plain,edict", device="cpu")
+    if not (folder / "unsharded").exists():
+        asked.run(out="unsharded")
+    name = "shards-" + "".join(map(str, order))
+    for part in order:
+        units = {path.name for path in (folder / name / "units").glob("*.parquet")}
+        found = asked.run(out=name, shard=f"{part}/3")
+        assert (found is None) == (part != order[-1])
+        if found is None:  # a shard makes its block and inverts it, and needs nothing of the others
+            assert len({path.name for path in (folder / name / "units").glob("*.parquet")} - units) == 3
+    assert (folder / name / "results.parquet").read_bytes() == (folder / "unsharded" / "results.parquet").read_bytes()
 
 
 def test_images_of_ones_own_are_inverted(folder: Path) -> None:
@@ -106,18 +185,21 @@ def test_images_of_ones_own_are_inverted(folder: Path) -> None:
     # nobody knows what noise they would have come from
     assert ("plain", "error to the noise") not in rows.index and ("plain", "angle at noise") not in rows.index
     assert rows.value["edict", "round-trip error"] < 1e-3 < rows.value["plain", "round-trip error"]
+    pictures = load_data(f"folder:{folder / 'images'}", 8)
+    states = Run.opened(folder / "own").arrays("images-0000000")["states"]
+    assert torch.equal(torch.from_numpy(states), pictures.images(pictures.split("train")[:24]))
+    assert (folder / "own" / "report.html").read_text().count("<svg") == 3  # no triangle without noise
     assert "--n 41" in refused(*RUN, *options, "--n", "41", "--out", "many", cwd=folder)
     assert not (folder / "many").exists()
 
 
 def test_a_rectified_flow_s_trajectory_is_held_against_every_point(folder: Path) -> None:
-    made = probekit(
-        "invert", "trajectory", "--model", "flow", "--steps", "8", "--n", "6", "--batch-size", "4", "--out", "way", cwd=folder
-    )
+    options = ["--model", "flow", "--steps", "8", "--n", "6", "--batch-size", "4", "--device", "cpu"]
+    made = probekit("invert", "trajectory", *options, "--out", "way", cwd=folder)
     assert made.returncode == 0, made.stderr
     rows = pd.read_parquet(folder / "way" / "results.parquet")
     assert len(rows) == 9 * 25 and set(rows.n) == {6}
-    _, diffusion = load_diffusion(str(folder / "flow"), device="cpu")
+    diffusion = diffusion_of(folder, "flow")
     noise, schedule = diffusion.noise(range(6), 0), diffusion.schedule(8)
     end = sample(diffusion.denoiser(6), noise, schedule).end
     latent = invert(diffusion.denoiser(6), end, schedule).end
@@ -126,17 +208,19 @@ def test_a_rectified_flow_s_trajectory_is_held_against_every_point(folder: Path)
     assert first[8, -1] == pytest.approx((end - latent).flatten(1).norm(dim=1).mean().item(), rel=1e-4)
     assert "nearest to the latent after" in made.stdout
     assert probekit("describe", "way", cwd=folder).returncode == 0
+    page = (folder / "way" / "report.html").read_text()
+    assert page.count('<img alt="" src="data:image/png') == 18 and "nearest to the latent after" in page
 
 
 def test_a_trajectory_is_the_same_however_many_rows_go_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for size, kept in ((64, 2**27), (3, 2**27), (64, 1)):
-        monkeypatch.setattr(experiment, "KEPT", kept)  # with 1, a row at a time
+        monkeypatch.setattr(invert_trajectory, "KEPT", kept)  # with 1, a row at a time
         options = ["--model", "ddpm", "--steps", "5", "--n", "7", "--method", "renoised", "--device", "cpu"]
         arguments = ["invert", "trajectory", *options, "--batch-size", size, "--out", f"rows-{size}-{kept}"]
         assert probekit(*arguments, cwd=folder).returncode == 0
         found.append(pd.read_parquet(folder / f"rows-{size}-{kept}" / "results.parquet"))
-        assert len(list((folder / f"rows-{size}-{kept}" / "images" / "block-000000").glob("*.png"))) == 3 * experiment.SHOWN
+        assert len(list((folder / f"rows-{size}-{kept}" / "images" / "block-000000").glob("*.png"))) == 3 * 6
     for other in found[1:]:
         pd.testing.assert_frame_equal(other, found[0], rtol=1e-5)
 
@@ -156,7 +240,7 @@ def test_a_killed_interpolation_keeps_what_it_has(folder: Path) -> None:
 
 
 def test_the_remedy_s_noise_is_not_the_sample_s_own(folder: Path) -> None:
-    _, diffusion = load_diffusion(str(folder / "ddpm"), device="cpu")
+    diffusion = diffusion_of(folder)
     noise, fresh = diffusion.noise(range(64), 0), diffusion.fresh_noise(range(64), 0)
     assert torch.equal(fresh[5:], diffusion.fresh_noise(range(5, 64), 0))
     alike = torch.corrcoef(torch.cat([noise, fresh]).flatten(1)) - torch.eye(128)
@@ -164,37 +248,51 @@ def test_the_remedy_s_noise_is_not_the_sample_s_own(folder: Path) -> None:
 
 
 def test_two_images_become_each_other(folder: Path) -> None:
-    made = probekit(
-        "invert", "interpolate", "--model", "ddpm", "--steps", "20", "--data", "folder:images", "--frames", "4", "--out",
-        "between", "--methods", "fixed-point,edict", cwd=folder,
-    )  # fmt: skip
+    options = ["--model", "ddpm", "--steps", "20", "--data", "folder:images", "--frames", "4", "--device", "cpu"]
+    made = probekit("invert", "interpolate", *options, "--methods", "fixed-point,edict", "--out", "between", cwd=folder)
     assert made.returncode == 0, made.stderr
     rows = pd.read_parquet(folder / "between" / "results.parquet")
     assert list(rows.groupby("method", sort=False).size()) == [3, 3]
     assert rows[rows.method == "edict"].end_error.max() < 1e-3
+    page = (folder / "between" / "report.html").read_text()
+    assert page.count('<img alt="" src="data:image/png') == 2 * (4 + 2)
+    shown = {path.stem for path in (folder / "between" / "images" / "edict").iterdir()}
+    assert shown == {"from", "to", *(f"frame-{i}" for i in range(4))}
     two = ["invert", "trajectory", "--model", "ddpm", "--method", "plain,edict", "--out", "x"]
     assert "--method 'plain,edict'" in refused(*two, cwd=folder)
     wrong = ["invert", "interpolate", "--model", "ddpm", "--data", "folder:images", "--pictures", "0,x", "--out", "x"]
     assert "--pictures '0,x'" in refused(*wrong, cwd=folder) and not (folder / "x").exists()
 
 
-def test_great_circles_keep_the_norm_and_meet_their_ends() -> None:
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
-    path = slerp(a, b, torch.linspace(0, 1, 5, dtype=torch.float64))
-    assert torch.allclose(path[0], a) and torch.allclose(path[-1], b)
-    a, b = a / a.norm(), b / b.norm()
-    path = slerp(a, b, torch.linspace(0, 1, 5, dtype=torch.float64))
-    assert torch.allclose(path.flatten(1).norm(dim=1), torch.ones(5, dtype=torch.float64))
-    steps = (path[1:] * path[:-1]).flatten(1).sum(1)
-    assert float(steps.max() - steps.min()) < 1e-12
-    assert torch.allclose(slerp(a, a, torch.tensor([0.5], dtype=torch.float64))[0], a)
+def test_a_trajectory_and_an_interpolation_from_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    ways: list[tuple[Any, str]] = [
+        (InvertTrajectory(model="ddpm", steps=4, n=70, device="cpu"), "nearest to the latent after"),
+        (InvertInterpolate(model="ddpm", steps=4, frames=3, data="folder:images", device="cpu"), "The shortest way is that of"),
+    ]
+    for asked, said in ways:
+        found = asked.run(out=f"python-{asked.name}")
+        before = written(found.folder)
+        assert said in found.says and "<svg" in found._repr_html_() and said in found._repr_html_()
+        again = asked.run(out=f"python-{asked.name}")
+        pd.testing.assert_frame_equal(again.rows, found.rows)
+        assert written(found.folder) == before
+        for part in (2, 1):
+            sharded = asked.run(out=f"sharded-{asked.name}", shard=f"{part}/2")
+        assert sharded is not None
+        results = [folder / f"{how}-{asked.name}" / "results.parquet" for how in ("python", "sharded")]
+        assert results[0].read_bytes() == results[1].read_bytes()
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--methods", "plain,backwards"], "inversion 'backwards': choose plain, fixed-point, renoised, edict"),
+        (
+            ["--methods", "plain,backwards"],
+            "--methods 'plain,backwards': inversion 'backwards': choose plain, fixed-point, renoised",
+        ),
+        (["--methods", "plain,plain"], "--methods 'plain,plain': 'plain' stands there twice"),
+        (["--methods", ","], "--methods ',': names none"),
         (["--steps", "2000"], "steps 2000: choose 1 to 1000"),
         (["--steps", "20", "--renoised", "21"], "--renoised 21: there are 20 steps"),
         (["--seed", "99999999999999999"], "--seed"),
@@ -202,9 +300,29 @@ def test_great_circles_keep_the_norm_and_meet_their_ends() -> None:
         (["--model", "nowhere"], "nowhere"),
         (["--prompt", "a dog"], "--prompt 'a dog'"),
         (["--data", "nowhere"], "nowhere"),
+        (["--data", "folder:images", "--split", "both"], "both"),
         (["--n", "3"], "--n"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_written(folder: Path, options: list[str], said: str) -> None:
     assert said in refused(*RUN, "--out", "bad", *options, cwd=folder)
     assert not (folder / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "options", "said"),
+    [
+        (InvertRun, {"methods": "plain,backwards"}, "--methods 'plain,backwards': inversion 'backwards'"),
+        (InvertRun, {"n": 3}, "--n 3: at least 20"),
+        (InvertRun, {"n": "24"}, "--n '24': a whole number"),
+        (InvertRun, {"steps": 0}, "--steps 0: at least 1"),
+        (InvertInterpolate, {"steps": 20, "renoised": 21}, "--renoised 21: there are 20 steps"),
+        (InvertInterpolate, {"frames": 2}, "--frames 2: at least 3"),
+        (InvertTrajectory, {"method": "plain,edict"}, "--method 'plain,edict': one inversion at a time"),
+        (InvertTrajectory, {"method": "backwards"}, "--method 'backwards'"),
+    ],
+)
+def test_bad_options_are_refused_from_python_as_from_the_command_line(asked: Any, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ProbekitError, match=re.escape(said)) as caught:
+        asked(**options)
+    assert "\n" not in str(caught.value)

@@ -27,6 +27,7 @@ from probekit.sampling import (
     invert_renoised,
     sample,
     sample_coupled,
+    slerp,
 )
 from tests.conftest import embedded, scramble, smooth, tiny
 
@@ -263,6 +264,22 @@ def test_renoising_no_step_is_plain_inversion_and_all_steps_the_forward_process(
     assert some.calls == 6 and sorted(some.kept) == [0, 1, 2, 3, 4, 5, 6, 8]
     with pytest.raises(ProbekitError, match="renoised 9: choose 0 to 8"):
         renoised(9)
+
+
+# --- interpolation -----------------------------------------------------------------------------------------------------
+
+
+def test_great_circles_keep_the_norm_and_meet_their_ends() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
+    path = slerp(a, b, torch.linspace(0, 1, 5, dtype=torch.float64))
+    assert torch.allclose(path[0], a) and torch.allclose(path[-1], b)
+    a, b = a / a.norm(), b / b.norm()
+    path = slerp(a, b, torch.linspace(0, 1, 5, dtype=torch.float64))
+    assert torch.allclose(path.flatten(1).norm(dim=1), torch.ones(5, dtype=torch.float64))
+    steps = (path[1:] * path[:-1]).flatten(1).sum(1)
+    assert float(steps.max() - steps.min()) < 1e-12
+    assert torch.allclose(slerp(a, a, torch.tensor([0.5], dtype=torch.float64))[0], a)
 
 
 # --- denoisers ---------------------------------------------------------------------------------------------------------
