@@ -3,7 +3,7 @@
     python benchmarks/sweep.py [--steps 20] [--guidance 3] [--repeats 3]
 
 Every way runs in a process of its own, on the same pair, layers and steps; the pictures are checked to be equal. Memory is the
-resident set's peak above what the loaded and warmed-up model takes, sampled every 2 ms (Linux), and, apart from it, the
+resident set's peak above what the loaded and warmed-up model takes, as the kernel counts it (Linux), and, apart from it, the
 activations that are held from one denoiser call to another.
 """
 
@@ -11,36 +11,37 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import statistics
-import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from memory import resident, start_peak
+
+if TYPE_CHECKING:
+    from probekit.models import Model
 
 ORIGINAL = "a small white moon at the right on a dotted green ground"
 EDIT = "a large red fish at the top left on a striped blue ground"
 
 
-def one_batch(model: Any, layers: list[str], options: dict[str, Any]) -> tuple[torch.Tensor, int]:
+def one_batch(model: Model, layers: list[str], options: dict[str, Any]) -> tuple[torch.Tensor, int]:
     """probekit: E and a copy of O for every layer, in one batch."""
     from probekit import hooks
 
     rules = [[hooks.Injection(name)] for name in layers]
-    return model.sweep((ORIGINAL, 0), (EDIT, 0), rules, **options).images, 0
+    return model.painter.sweep((ORIGINAL, 0), (EDIT, 0), rules, **options).images, 0
 
 
-def nnsight(model: Any, layers: list[str], options: dict[str, Any]) -> tuple[torch.Tensor, int]:
+def nnsight(model: Model, layers: list[str], options: dict[str, Any]) -> tuple[torch.Tensor, int]:
     """One traced generation of [E, O] for every layer."""
     from probekit import hooks
 
     traced = hooks.trace(model.pipeline)
     images = []
     for name in layers:
-        rows = hooks.stack([model.row(EDIT, 0), model.row(ORIGINAL, 0)])
+        rows = hooks.stack([model.painter.row(EDIT, 0), model.painter.row(ORIGINAL, 0)])
         with torch.no_grad(), traced.generate(**rows, **options, output_type="pt") as tracer:
             for _ in tracer.iter[: options["num_inference_steps"]]:
                 output = hooks.layer(traced.unet, name).output
@@ -52,17 +53,17 @@ def nnsight(model: Any, layers: list[str], options: dict[str, Any]) -> tuple[tor
     return torch.stack(images), 0
 
 
-def capture_then_inject(model: Any, layers: list[str], options: dict[str, Any]) -> tuple[torch.Tensor, int]:
+def capture_then_inject(model: Model, layers: list[str], options: dict[str, Any]) -> tuple[torch.Tensor, int]:
     """The papers' way: E once with every activation stored, then O once for every layer."""
     from probekit import hooks
 
     schedule, images = model.pipeline.scheduler, []
     with hooks.capture(model.denoiser, layers, schedule=schedule) as captured:
-        model.generate([EDIT], [0], **options)
+        model.painter.generate([EDIT], [0], **options)
     for name in layers:
         rule = {0: [hooks.Injection(name, source=hooks.Stored(captured))]}
         with hooks.inject(model.denoiser, rule, schedule=schedule, rows=1):
-            images.append(model.generate([ORIGINAL], [0], **options)[0])
+            images.append(model.painter.generate([ORIGINAL], [0], **options)[0])
     return torch.stack(images), captured.bytes
 
 
@@ -73,34 +74,20 @@ WAYS: dict[str, Callable[..., tuple[torch.Tensor, int]]] = {
 }
 
 
-def resident() -> int:
-    """This process's resident set, in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def measure(way: str, options: dict[str, Any], repeats: int) -> tuple[list[float], int, int, torch.Tensor]:
     """Seconds of every repeat, peak bytes above the loaded model, bytes held, and the pictures."""
     from probekit import hooks, load
 
     model = load("mini-sd", device="cpu")
     layers = [la.name for la in hooks.select(model.layers, hooks.default_layers(model.denoiser))]
-    model.generate([ORIGINAL, EDIT], [0, 0], **options | {"num_inference_steps": 1})
-    before, peak, done = resident(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            peak[0] = max(peak[0], resident() - before)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    model.painter.generate([ORIGINAL, EDIT], [0, 0], **options | {"num_inference_steps": 1})
+    before = start_peak()
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         images, held = WAYS[way](model, layers, options)
         seconds.append(time.perf_counter() - start)
-    done.set()
-    watcher.join()
-    return seconds, peak[0], held, images.clone()
+    return seconds, resident("VmHWM") - before, held, images.clone()
 
 
 def main() -> None:

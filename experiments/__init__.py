@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 EXPERIMENTS = {
-    # "inject-sweep": "inject_sweep:InjectSweep",
+    "inject-sweep": "inject_sweep:InjectSweep",
     # "stitch-run": "stitch_run:StitchRun",
     "stitch-edit": "stitch_edit:StitchEdit",
     # "probe-run": "probe_run:ProbeRun",

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
 from probekit.hooks.errors import ProbekitError
+
 from probekit.runs.experiment import Options
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from probekit import hooks
+
+OPERATIONS = ("replace", "blend", "add")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,36 +28,42 @@ class _Picture(Options):
     layers: Annotated[list[str], typer.Option(help="Layer names, globs or groups such as @mid; repeat for more.")]
     model: Annotated[str, typer.Option(help="A bundled model, a local diffusers folder or a hub id.")] = "mini-sd"
     steps: Annotated[str, typer.Option(help="Steps to inject at: all, 0-9, 0,3,5, 0%-50% or t1000-200.")] = "all"
-    stream: Annotated[
-        str | None, typer.Option(help="main, skip, both, image or text. [default: the layer's own]")
-    ] = None
+    stream: Annotated[str | None, typer.Option(help="main, skip, both, image or text. [default: the layer's own]")] = None
     num_steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale. [default: 3 for mini-sd, else the pipeline's own]")
     ] = None
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the noise.")] = 0
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto"
     out: Annotated[Path, typer.Option(help="The picture to write: O, E and the result, side by side.")] = Path("injected.png")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from probekit.experiments.inject_sweep import make_windows
+
+        if not self.layers:
+            raise ProbekitError("--layers: name at least one")
+        if Path(self.out).suffix.lower() != ".png":
+            raise ProbekitError(f"--out {str(self.out)!r}: name a .png file")
+        make_windows(self.steps, self.num_steps, 1)  # refuses steps that are none
+
     def _write(self, operation: hooks.Operation) -> str:
         """Make and write the picture; returns what was injected and where it is."""
         import torch
-
-        from probekit import hooks, load
         from probekit.experiments.inject_sweep import check_steps
+
+        from probekit import hooks
         from probekit.files import writing
         from probekit.images import save_png
+        from probekit.models import load
 
-        out = Path(self.out)
-        if out.suffix.lower() != ".png":
-            raise ProbekitError(f"--out {str(out)!r}: name a .png file")
-        when = hooks.Steps.parse(self.steps)
+        out, when = Path(self.out), hooks.Steps.parse(self.steps)
         loaded = load(self.model, device=self.device, dtype=self.dtype)
         painter = loaded.painter
         chosen = hooks.select(loaded.layers, self.layers)
         rule = [hooks.Injection(la.name, steps=when, stream=self.stream, operation=operation) for la in chosen]
-        options: dict[str, object] = {"num_inference_steps": self.num_steps}
+        options: dict[str, Any] = {"num_inference_steps": self.num_steps}
         if self.guidance is not None:
             options["guidance_scale"] = self.guidance
         check_steps(painter.pipeline, {self.steps: when}, self.num_steps)
@@ -74,16 +82,19 @@ class InjectImage(_Picture):
     operation: Annotated[str, typer.Option(help="replace, blend or add.")] = "replace"
     weight: Annotated[float | None, typer.Option(help="Weight of blend, or scale of add. [default: 1]")] = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.operation not in OPERATIONS:
+            raise ProbekitError(f"--operation {self.operation!r}: choose from {', '.join(OPERATIONS)}")
+        if self.operation == "replace" and self.weight is not None:
+            raise ProbekitError(f"--weight {self.weight:g}: replace has none; it is for --operation blend or add")
+
     def run(self) -> str:
         """Write the picture; returns what was done. Raises ProbekitError for what cannot be injected."""
         from probekit import hooks
 
-        if self.operation == "replace" and self.weight is not None:
-            raise ProbekitError(f"--weight {self.weight:g}: replace has none; it is for --operation blend or add")
-        scale = 1.0 if self.weight is None else self.weight
-        operations = {"replace": hooks.replace, "blend": hooks.blend(scale), "add": hooks.add(scale)}
-        if self.operation not in operations:
-            raise ProbekitError(f"--operation {self.operation!r}: choose from {', '.join(operations)}")
+        weight = 1.0 if self.weight is None else self.weight
+        operations = dict(zip(OPERATIONS, (hooks.replace, hooks.blend(weight), hooks.add(weight)), strict=True))
         return self._write(operations[self.operation])
 
 

@@ -11,10 +11,15 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from probekit.experiments import InjectSweep
+from probekit.experiments.inject_picture import InjectImage
+from probekit.experiments.inject_sweep import APART, read_pairs, scene_pairs
 
-from probekit import hooks
+from probekit import ProbekitError, hooks, seeds
+from probekit.images import load_png, to_uint8
 from probekit.metrics.lpips import distance, features
-from probekit.images import load_png
+from probekit.models import load
+from probekit.models.painter import Painter
 from tests.conftest import killed, probekit, process, refused
 
 
@@ -30,7 +35,7 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("pairs") / "pairs.yaml"
     file.write_text(
         "- {original: a red fish, edit: a red star, factor: content}\n"
-        "- {original: a blue ring, edit: a blue tree, factor: content, seed: 7}\n"
+        "- {original: a blue ring, edit: a blue tree, factor: content, noise: 7}\n"
         "- {original: a red fish at the left, edit: a red fish at the right, factor: structure, unrelated: a moon}\n"
     )
     return file
@@ -47,13 +52,13 @@ def test_help_and_import_answer_without_torch() -> None:
 
 def test_a_sweep_of_ones_own_pairs_from_start_to_report(tiny_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    sweep = ["inject", "sweep", "--model", tiny_folder, "--pairs-file", pairs_file, "--num-steps", "2", "--layers", "@mid",
-             "--layers", "@attentions", "--out", out]  # fmt: skip
+    sweep = ["inject", "sweep", "--model", tiny_folder, "--pairs-file", pairs_file, "--num-steps", "2", "--out", out]
+    sweep += ["--layers", "@mid", "--layers", "@attentions"]
     done = probekit(*sweep)
     assert done.returncode == 0, done.stderr
     rows = pd.read_parquet(out / "results.parquet")
     assert set(rows.factor) == {"content", "structure"} and set(rows.donor) == {"edit", "unrelated"}
-    assert rows.groupby("pair").seed.first().tolist() == [0, 7, 2]
+    assert rows.groupby("pair").noise.first().tolist() == [0, 7, 2]
     last = rows[(rows.layer == "up_blocks.1.attentions.2") & (rows.descriptor == "lpips") & (rows.donor == "edit")]
     assert (last.transfer > 0.99).all() and (last.damage < 0.01).all()  # the last layer's picture is E's
     for pair in ("content-00", "structure-02"):
@@ -71,9 +76,85 @@ def test_a_sweep_of_ones_own_pairs_from_start_to_report(tiny_folder: Path, pairs
     assert again.returncode == 0 and {p: p.read_bytes() for p in out.rglob("*.parquet")} == kept
     described = probekit("describe", out)
     assert described.returncode == 0 and "mid_block" in described.stdout
+    assert re.sub("<pre>.*?</pre>", "", (out / "report.html").read_text()) == re.sub("<pre>.*?</pre>", "", page)
+    # what they were given and what only says how fast is no other run; the pairs are kept with it
+    assert probekit(*sweep, "--batch-size", "3").returncode == 0
 
     assert "seed 0 there, 5 here" in refused(*sweep, "--seed", "5")
     assert {p: p.read_bytes() for p in out.rglob("*.parquet")} == kept
+
+
+def test_a_finished_run_is_not_made_again_and_is_shown_without_its_file_of_pairs(
+    tiny_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = shutil.copy(pairs_file, tmp_path / "mine.yaml")
+    sweep = ["inject", "sweep", "--model", tiny_folder, "--pairs-file", mine, "--num-steps", "1", "--layers", "mid_block"]
+    first = probekit(*sweep, "--out", "run", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("it was all done")
+
+    monkeypatch.setattr(Painter, "sweep", fail)
+    assert probekit(*sweep, "--out", "run", cwd=tmp_path).stdout.lstrip() == first.stdout.lstrip()  # the bar leaves a line
+    mine.unlink()
+    assert probekit("describe", "run", cwd=tmp_path).stdout.lstrip() == first.stdout.lstrip()
+    (tmp_path / "run" / "images" / "content-00" / "O.png").unlink()
+    assert "O.png of content-00 is missing; delete units/content-00.parquet" in refused("describe", "run", cwd=tmp_path)
+
+
+def test_from_python_a_sweep_gives_its_findings(tiny_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    options = {"model": str(tiny_folder), "pairs_file": pairs_file, "num_steps": 2, "layers": ["mid_block"], "by_time": True}
+    found = InjectSweep(**options, windows=2).run(out=tmp_path / "run")
+    assert found.rows.equals(pd.read_parquet(tmp_path / "run" / "results.parquet"))
+    assert found.figures == ("layers", "roles", "time")
+    shown, page = found._repr_html_(), (tmp_path / "run" / "report.html").read_text()
+    assert shown.count("<svg") == 3 and "No layer can have a role: one pair of a factor" in shown
+    assert "CLIP similarity is left out" in shown and "CLIP similarity is left out" in page
+    (table,) = found.tables
+    assert table.columns == ["steps", "layer", "structure", "content", "damage", "role"] and len(table.rows) == 3
+    assert {row[-1] for row in table.rows} == {"no role"} and set(table.styles.values()) == {"dim"}
+
+
+def test_shards_give_what_one_run_gives(tiny_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    sweep = InjectSweep(model=str(tiny_folder), pairs_file=pairs_file, num_steps=2, layers=["@mid"])
+    sweep.run(out=tmp_path / "whole")
+    parts = [sweep.run(out=tmp_path / "parts", shard=shard) for shard in ("3/3", "1/3", "2/3")]
+    assert parts[:2] == [None, None] and parts[2] is not None
+    for name in ("results.parquet", "figures/layers.png", "figures/roles.svg"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_pair_is_made_from_the_noise_of_its_number_and_the_run_s_seed(
+    tiny_folder: Path, pairs_file: Path, tmp_path: Path, separate: bool
+) -> None:
+    options = {"model": str(tiny_folder), "pairs_file": pairs_file, "num_steps": 2, "layers": ["mid_block"], "guidance": 2.0}
+    InjectSweep(**options, seed=4, separate_noise=separate).run(out=tmp_path / "run")
+    painter = load(tiny_folder, device="cpu").painter
+    prompts, numbers = ["a blue ring", "a blue tree"], [7, 7 + APART * separate]
+    made = painter.generate(prompts, numbers, seed=4, num_inference_steps=2, guidance_scale=2.0)
+    for name, picture in zip("OE", made, strict=True):
+        written = load_png(tmp_path / "run" / "images" / "content-01" / f"{name}.png")
+        assert (written - picture).abs().max() <= 1.02 / 255, name
+    apart = painter.generate(prompts[:1], numbers[:1], seed=0, num_inference_steps=2, guidance_scale=2.0)
+    assert (apart - made[0]).abs().max() > 2.1 / 255
+
+
+def test_controlled_pairs_have_noises_of_their_own_number_whatever_the_seed() -> None:
+    factors = ["structure", "content", "surface"]
+    first, second = (scene_pairs(factors, 3, seed) for seed in (0, 1))
+    numbers = [1009 * k + i for k in range(3) for i in range(3)]
+    assert [p.noise for p in first] == numbers == [p.noise for p in second]
+    assert [p.original for p in first] != [p.original for p in second]
+    # a factor's pairs are the same ones beside others and alone
+    assert scene_pairs(["content"], 2, 0) == [p for p in first if p.factor == "content"][:2]
+
+
+def test_pairs_of_a_file_have_the_number_they_name_else_that_of_their_place(pairs_file: Path) -> None:
+    pairs = read_pairs(pairs_file)
+    assert [(p.name, p.noise) for p in pairs] == [("content-00", 0), ("content-01", 7), ("structure-02", 2)]
+    assert [p.unrelated for p in pairs] == ["a blue tree", "a red star", "a moon"]
 
 
 MIDDLE = ["down_blocks.1.resnets.0", "mid_block.attentions.0", "up_blocks.0.resnets.0"]
@@ -83,15 +164,15 @@ def test_what_a_sweep_writes_under_a_layers_name_is_of_that_layer_and_window(
     tiny_sd: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:
     original, edit = "a red fish", "a blue star"
-    sweep = ["inject", "sweep", "--model", tiny_folder, "--prompt-original", original, "--prompt-edit", edit, "--guidance", "2",
-             "--num-steps", "4", "--by-time", "--windows", "2", *(f"--layers={name}" for name in MIDDLE)]  # fmt: skip
+    sweep = ["inject", "sweep", "--model", tiny_folder, "--prompt-original", original, "--prompt-edit", edit, "--guidance", "2"]
+    sweep += ["--num-steps", "4", "--by-time", "--windows", "2", "--seed", "3", *(f"--layers={name}" for name in MIDDLE)]
     assert probekit(*sweep, "--out", tmp_path).returncode == 0
     rows = pd.read_parquet(tmp_path / "results.parquet").set_index(["layer", "window", "donor", "descriptor"])
     windows = {"all": (0, 1, 2, 3), "0%-50%": (0, 1), "50%-100%": (2, 3)}
     made = {}
     for (layer, window), chosen in {(la, window): steps for la in MIDDLE for window, steps in windows.items()}.items():
         rule = {1: [hooks.Injection(layer, steps=hooks.Steps(indices=chosen))]}
-        generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+        generators = [seeds.numbered(3, 0) for _ in range(2)]
         with hooks.inject(tiny_sd.unet, rule, schedule=tiny_sd.scheduler, rows=2):
             call = tiny_sd([edit, original], generator=generators, num_inference_steps=4, guidance_scale=2.0, output_type="pt")
         of_e, of_o = call.images * 2 - 1
@@ -133,17 +214,24 @@ def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(
 
 
 def test_one_custom_injection_and_one_by_a_script(tiny_folder: Path, tmp_path: Path) -> None:
-    prompts = ["--model", tiny_folder, "--prompt-original", "a red fish", "--prompt-edit", "a blue star", "--num-steps", "2",
-               "--layers", "mid_block"]  # fmt: skip
-    assert (
-        probekit("inject", "image", *prompts, "--operation", "blend", "--weight", "0.5", "--out", tmp_path / "a.png").returncode
-        == 0
-    )
+    prompts = ["--model", tiny_folder, "--prompt-original", "a red fish", "--prompt-edit", "a blue star", "--num-steps", "2"]
+    prompts += ["--layers", "mid_block"]
+    blended = probekit("inject", "image", *prompts, "--operation", "blend", "--weight", "0.5", "--out", tmp_path / "a.png")
+    assert blended.returncode == 0, blended.stderr
     script = tmp_path / "mine.py"
     script.write_text("def operation(target, source, context):\n    return target + 0.5 * (source - target)\n")
     assert probekit("inject", "script", script, *prompts, "--out", tmp_path / "b.png").returncode == 0
     # the same picture, to the rounding of two ways to write it
     assert (load_png(tmp_path / "a.png") - load_png(tmp_path / "b.png")).abs().max() <= 1.01 / 127.5
+    # from Python the same, and O and E are those of noise 0 of the seed
+    options = {"model": str(tiny_folder), "prompt_original": "a red fish", "prompt_edit": "a blue star", "num_steps": 2}
+    said = InjectImage(**options, layers=["mid_block"], operation="blend", weight=0.5, out=tmp_path / "d.png").run()
+    assert said.startswith("mid_block\n") and (tmp_path / "d.png").read_bytes() == (tmp_path / "a.png").read_bytes()
+    InjectImage(**options, layers=["mid_block"], seed=6, out=tmp_path / "e.png").run()
+    painter = load(tiny_folder, device="cpu").painter
+    made = painter.generate(["a red fish", "a blue star"], [0, 0], seed=6, num_inference_steps=2)
+    o_and_e = to_uint8(load_png(tmp_path / "e.png"))[:, : 2 * made.shape[-1]]
+    assert abs(o_and_e.astype(int) - to_uint8(torch.cat(list(made), dim=2))).max() <= 1
     script.write_text("def operation(target, source, context):\n    return target[0]\n")
     assert "returned" in refused("inject", "script", script, *prompts, "--out", tmp_path / "c.png")
     script.write_text("def operation(target, source, context):\n    return source.nonsense\n")
@@ -163,8 +251,9 @@ def bad_inputs(tiny: Path, tmp: Path) -> dict[str, tuple[list[Any], str]]:
     missing, no_yaml, truncated = tmp / "missing.yaml", tmp / "no.yaml", tmp / "truncated"
     missing.write_text("- {original: a red fish}\n")
     no_yaml.write_text("- {original: [\n")
-    seedless = tmp / "seedless.yaml"
-    seedless.write_text("- {original: a, edit: b}\n- {original: a, edit: b, seed: x}\n")
+    noises = {name: tmp / f"{name}.yaml" for name in ("noise: x", "noise: -1", "noise: true", "seed: 3")}
+    for given, file in noises.items():
+        file.write_text(f"- {{original: a, edit: b}}\n- {{original: a, edit: b, {given}}}\n")
     shutil.copytree(tiny, truncated)
     weights = truncated / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -181,7 +270,12 @@ def bad_inputs(tiny: Path, tmp: Path) -> dict[str, tuple[list[Any], str]]:
         "steps outside": ([*sweep, "--steps", "5-9", "--out", tmp / "steps"], "steps 0 to 1"),
         "steps that are none": ([*sweep, "--steps", "early"], "0%-50%"),
         "a missing key": ([*sweep[:6], "--pairs-file", missing], "pair 1: the key 'edit' is missing"),
-        "a seed that is none": ([*sweep[:6], "--pairs-file", seedless], "pair 2: seed 'x' must be a whole number"),
+        "a noise that is none": ([*sweep[:6], "--pairs-file", noises["noise: x"]], "pair 2: noise 'x' must be a whole number"),
+        "a noise below 0": ([*sweep[:6], "--pairs-file", noises["noise: -1"]], "pair 2: noise -1 must be a whole number"),
+        "a noise that is yes": ([*sweep[:6], "--pairs-file", noises["noise: true"]], "pair 2: noise True must be"),
+        "a pair's own seed": ([*sweep[:6], "--pairs-file", noises["seed: 3"]], "pair 2: seed 3: write noise, the number"),
+        "a model without prompts": (["inject", "sweep", "--model", "avatar-vae"], "takes no prompt"),
+        "a seed out of reach": ([*sweep, "--seed", str(2**32)], "--seed"),
         "timesteps outside": ([*sweep, "--steps", "t5000-4000", "--out", tmp / "steps"], "none of the schedule's 2 steps"),
         "windows that hold no step": ([*sweep, "--by-time", "--windows", "4"], "--windows 4"),
         "no yaml": ([*sweep[:6], "--pairs-file", no_yaml], "is no YAML"),
@@ -221,3 +315,59 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny_folder: Path, tmp_path: Path
             _, stderr = run.communicate()
         assert run.returncode == 2 and said in stderr and stderr.count("\n") == 1, (name, stderr)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"factors": "style"}, "--factors 'style': choose from structure, content, surface"),
+        ({"prompt_original": "a"}, "give both"),
+        ({"prompt_original": "a", "prompt_edit": "b", "pairs": 3}, "--pairs 3: is for controlled pairs"),
+        ({"pairs_file": "mine.yaml", "factors": "content"}, "--factors 'content': is for controlled pairs"),
+        ({"windows": 3}, "--windows 3: goes with --by-time"),
+        ({"by_time": True, "num_steps": 3}, "--windows 4: some hold no step"),
+        ({"by_time": True, "steps": "0-3"}, "--steps '0-3': with --by-time, give percents"),
+        ({"steps": "early"}, "0%-50%"),
+        ({"num_steps": 2, "steps": "5-9"}, "steps 0 to 1"),
+    ],
+)
+def test_bad_options_are_refused_from_python_as_on_the_command_line(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ProbekitError, match=re.escape(said)) as error:
+        InjectSweep(**options)
+    given = [part for name, value in options.items() for part in _as_typed(name, value)]
+    assert refused("inject", "sweep", *given, cwd=tmp_path) == f"probekit: {error.value}\n"
+    assert not any(tmp_path.iterdir())
+
+
+def _as_typed(name: str, value: Any) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    return [flag] if value is True else [flag, str(value)]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_steps": 0}, "--num-steps 0: at least 1"),
+        ({"seed": -1}, "--seed -1: at least 0"),
+        ({"layers": "mid_block"}, "--layers 'mid_block': a list"),
+        ({"batch_size": 1}, "--batch-size 1: at least 2"),
+    ],
+)
+def test_values_that_typer_would_refuse_are_refused_from_python_too(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ProbekitError, match=re.escape(said)):
+        InjectSweep(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layers": []}, "--layers: name at least one"),
+        ({"out": "mine.jpg"}, "--out 'mine.jpg': name a .png file"),
+        ({"steps": "9", "num_steps": 2}, "steps 9: the schedule has steps 0 to 1"),
+        ({"operation": "mix"}, "replace, blend, add"),
+        ({"weight": 2.0}, "--weight 2: replace has none"),
+    ],
+)
+def test_an_injection_that_cannot_be_is_refused_before_a_model_is_loaded(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ProbekitError, match=re.escape(said)):
+        InjectImage(**{"prompt_original": "a", "prompt_edit": "b", "layers": ["@mid"], "model": "nowhere"} | options)

@@ -88,8 +88,15 @@ def test_an_injection_equals_the_same_one_in_plain_nnsight(case: Case) -> None:
 
 
 def test_flux_keeps_its_picture_in_the_image_stream(tiny_flux: Any) -> None:
-    case = Case(tiny_flux, embedded(1, negative=False), embedded(2, negative=False), num_inference_steps=3, guidance_scale=0.0,
-                height=16, width=16)  # fmt: skip
+    case = Case(
+        tiny_flux,
+        embedded(1, negative=False),
+        embedded(2, negative=False),
+        num_inference_steps=3,
+        guidance_scale=0.0,
+        height=16,
+        width=16,
+    )
     last = [la.name for la in case.layers if la.name.startswith("single_transformer_blocks")][-1]
     original, text, both, image = case.sweep([[], *([Injection(last, stream=s)] for s in ("text", "both", "image"))]).images
     assert torch.allclose(text, original, atol=1e-6)
@@ -224,8 +231,15 @@ def test_a_mask_writes_inside_it_only(tiny_sd: Any) -> None:
 
 
 def test_tokens_are_written_alone(tiny_sd3: Any) -> None:
-    case = Case(tiny_sd3, embedded(1, negative=True), embedded(2, negative=True), num_inference_steps=1, guidance_scale=2.0,
-                height=16, width=16)  # fmt: skip
+    case = Case(
+        tiny_sd3,
+        embedded(1, negative=True),
+        embedded(2, negative=True),
+        num_inference_steps=1,
+        guidance_scale=2.0,
+        height=16,
+        width=16,
+    )
     every = [Injection("transformer_blocks.1", tokens=tuple(range(16)))]
     one = [Injection("transformer_blocks.1", tokens=(3,))]
     o, whole, plain, single = case.sweep([[], every, [Injection("transformer_blocks.1")], one]).images

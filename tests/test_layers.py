@@ -57,9 +57,14 @@ def test_other_denoisers_of_diffusers_are_known() -> None:
     from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DModel
 
     unet = UNet2DModel(
-        sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
     names = [la.name for la in hooks.layers(unet)]
     assert names[:3] == ["conv_in", "down_blocks.0.resnets.0", "down_blocks.0.downsamplers.0"]
     assert "down_blocks.1.attentions.0" in names and names[-1] == "conv_out"
@@ -77,9 +82,14 @@ def test_an_injection_into_a_unet2dmodel_called_without_a_pipeline() -> None:
 
     torch.manual_seed(0)
     unet = UNet2DModel(
-        sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    ).eval()  # fmt: skip
+        sample_size=8,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).eval()
     x = torch.randn(3, 3, 8, 8)
     plain = unet(x, 500).sample
     for stream in ("main", "skip", "both"):

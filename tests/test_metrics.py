@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from probekit.bundled import weights
 from probekit.data.scenes import all_scenes, render
-from probekit.metrics.descriptors import Descriptor, clip_descriptor, paper_descriptors, reader_descriptor
+from probekit.metrics.descriptors import Descriptor, clip_descriptor, general_descriptors, paper_descriptors, reader_descriptor
 from probekit.metrics.lpips import distance, features, network
 from probekit.metrics.roles import EVERYTHING, NO_ROLE, damage, interval, roles, summarise, transfer
-from probekit.bundled import weights
+from probekit.report.injection import Summary, says
 
 
 def lpips(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -73,6 +75,12 @@ def test_the_shipped_trunk_is_the_one_that_lpips_linear_layers_were_fitted_to() 
     assert (lpips(a, brighter) < lpips(a, blurred)).all() and (lpips(a, blurred) < lpips(a, other)).float().mean() > 0.7
 
 
+def test_a_clip_that_is_not_there_is_left_out() -> None:
+    known = [d.name for d in paper_descriptors()]
+    assert [d.name for d in general_descriptors(str(weights("scene-clip")))] == [*known, "clip"]
+    assert [d.name for d in general_descriptors("nobody/no-clip")] == known
+
+
 def test_transfer_and_damage_at_their_ends() -> None:
     assert transfer(0.0, 2.0, 2.0) == 0 and transfer(2.0, 0.0, 2.0) == 1 and transfer(1.0, 1.0, 1.0) == 0.5
     assert math.isnan(transfer(1.0, 1.0, 0.0))  # O and E are alike: nothing could come over
@@ -103,13 +111,15 @@ def test_the_bootstrap_covers_the_true_mean_about_as_often_as_it_says() -> None:
     assert 0.88 <= covered / 200 <= 0.99
 
 
-def made_up(scores: dict[str, tuple[float, float]], null: float = 0.1) -> pd.DataFrame:
-    """Rows of eight pairs a factor, one layer, with the given mean transfers and spreads."""
+def made_up(
+    scores: dict[str, tuple[float, float]], null: float = 0.1, *, layer: str = "mid_block", pairs: int = 8
+) -> pd.DataFrame:
+    """Rows of so many pairs a factor, one layer, with the given mean transfers and spreads."""
     rng = np.random.default_rng(0)
-    place = {"descriptor": "reader", "window": "all", "order": 0, "layer": "mid_block", "seed": 0, "damage": 0.0}
+    place = {"descriptor": "reader", "window": "all", "order": 0, "layer": layer, "noise": 0, "damage": 0.0}
     rows = []
     for factor, (mean, spread) in scores.items():
-        for i in range(8):
+        for i in range(pairs):
             for donor, value in (("edit", mean), ("unrelated", null)):
                 score = float(np.clip(value + spread * rng.normal(), 0, 1))
                 rows.append(place | {"factor": factor, "pair": f"{factor}{i}", "donor": donor, "transfer": score})
@@ -132,3 +142,46 @@ def made_up(scores: dict[str, tuple[float, float]], null: float = 0.1) -> pd.Dat
 def test_a_role_follows_only_where_intervals_separate(scores: dict[str, tuple[float, float]], null: float, role: str) -> None:
     found = roles(summarise(made_up(scores, null)))
     assert found.role.tolist() == [role]
+
+
+def of(structure: float, content: float, surface: float) -> dict[str, tuple[float, float]]:
+    return {"structure": (structure, 0.02), "content": (content, 0.02), "surface": (surface, 0.02)}
+
+
+def test_what_is_said_names_who_carries_what_and_what_no_layer_carries() -> None:
+    layers = {
+        "a": of(0.9, 0.1, 0.2),
+        "b": of(0.7, 0.1, 0.2),
+        "c": of(0.2, 0.1, 0.8),
+        "d": of(0.95, 0.95, 0.96),
+        "e": of(0.1, 0.1, 0.1),
+    }
+    rows = pd.concat([made_up(scores, layer=layer).assign(order=i) for i, (layer, scores) in enumerate(layers.items())])
+    summary = Summary.of(["all"], rows)
+    assert [summary.role_of["all", la] for la in "abcde"] == ["structure", "structure", "surface", EVERYTHING, NO_ROLE]
+    told = {c["role"]: [k["layer"] for k in c["carriers"]] for c in summary.carriers()}
+    assert told == {"structure": ["a", "b"], "content": [], "surface": ["c"], EVERYTHING: ["d"]}
+    said = re.sub(r"0\.\d\d", "#", says(summary))
+    assert said == (
+        "By the scene reader, structure comes over with a (#) and b (#); surface comes over with c (#); "
+        "everything comes over with d (#); no layer carries content alone."
+    )
+    both = pd.concat([rows, rows.assign(window="0%-50%")])
+    assert says(Summary.of(["all", "0%-50%"], both)).startswith("At all steps, by the scene reader, structure")
+    assert says(Summary.of(["0%-50%", "all"], both)).startswith("At steps 0%-50%, by the scene reader, structure")
+    many = [made_up(of(0.9, 0.1, 0.2), layer=f"layer{i}").assign(order=i) for i in range(6)]
+    assert "and 3 others; no layer carries content or surface alone." in says(Summary.of(["all"], pd.concat(many)))
+
+
+def test_what_is_said_of_few_pairs_one_factor_and_no_role_at_all() -> None:
+    few = says(Summary.of(["all"], made_up(of(0.9, 0.1, 0.2), pairs=4)))
+    assert few.endswith("With only 4 pairs a factor, intervals are coarse.")
+    one = says(Summary.of(["all"], made_up(of(1.0, 0.1, 0.2), pairs=1)))
+    assert one.startswith("No layer can have a role: one pair of a factor")
+    nothing = says(Summary.of(["all"], made_up(of(0.1, 0.1, 0.1))))
+    assert nothing == "By the scene reader, no layer carries structure, content or surface alone."
+    two = [made_up({"own": (mean, 0.02)}, layer=layer) for layer, mean in (("a", 0.3), ("b", 0.8))]
+    alone = says(Summary.of(["all"], pd.concat(two)))
+    assert alone.startswith("By the scene reader, most comes over with b (0.") and "One factor alone gives no roles" in alone
+    equal = made_up({"own": (0.3, 0.02)}).assign(transfer=math.nan, damage=math.nan)
+    assert says(Summary.of(["all"], equal)).startswith("By the scene reader, O and E do not differ: nothing could come over.")

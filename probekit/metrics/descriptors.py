@@ -6,6 +6,7 @@ Every descriptor takes features of each picture once and gives a distance that i
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from torch import Tensor
 
 from probekit.images import to_uint8
 from probekit.metrics import lpips
+
+CLIP = "openai/clip-vit-base-patch32"
+"""The CLIP that judges pictures of models other than ours, where it is in the local cache."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,15 @@ def clip_descriptor(path: str) -> Descriptor:
         return list(torch.nn.functional.normalize(embedded, dim=1))
 
     return Descriptor("clip", features, lambda a, b: max(0.0, float(1 - a @ b)))
+
+
+@functools.cache
+def general_descriptors(clip: str) -> list[Descriptor]:
+    """`paper_descriptors`, and `clip_descriptor(clip)` where that CLIP is there."""
+    try:
+        return [*paper_descriptors(), clip_descriptor(clip)]
+    except OSError:
+        return paper_descriptors()
 
 
 def reader_descriptor(attributes: Sequence[str]) -> Descriptor:

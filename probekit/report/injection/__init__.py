@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from probekit.hooks.errors import ProbekitError
+from probekit.metrics.descriptors import CLIP
 from probekit.metrics.roles import EVERYTHING, NO_ROLE, roles, summarise
-from probekit.report.figures import command_line, data_url, render, save_figure, style
-from probekit.files import write_whole
+from probekit.report.figures import data_url, render, save_figure, style
+from probekit.report.findings import Findings, Table
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from probekit.runs.folder import Run
 
 COLOURS = {
     "structure": "#2f6db5",
@@ -38,8 +43,12 @@ _DESCRIPTORS = {
 }
 
 
+_NAMED = 3
+"""Carriers of a role that the sentence names; the page has them all."""
+
+
 @dataclass(frozen=True)
-class Findings:
+class Summary:
     """What a sweep's rows come to: for every descriptor, and (`main`) for the one that is told first.
 
     That is the scene reader where it applies to every pair, else LPIPS.
@@ -56,8 +65,8 @@ class Findings:
     """The role by (window, layer), of the main descriptor."""
 
     @classmethod
-    def of(cls, config: dict[str, Any], rows: pd.DataFrame) -> Findings:
-        """Summarise the rows of a sweep."""
+    def of(cls, windows: Sequence[str], rows: pd.DataFrame) -> Summary:
+        """Summarise the rows of a sweep, whose windows are told in that order."""
         read = rows[rows.descriptor == "reader"].pair.nunique()
         descriptor = "reader" if read == rows.pair.nunique() else "lpips"
         summary = summarise(rows)
@@ -66,9 +75,14 @@ class Findings:
         factors = [f for f in COLOURS if f in set(main.factor)]
         factors += [f for f in main.factor.unique() if f not in factors]
         layers = main.drop_duplicates("layer").sort_values("order").layer.tolist()
-        role_of = {(w, la): NO_ROLE for w in config["options"]["windows"] for la in layers}
+        role_of = {(w, la): NO_ROLE for w in windows for la in layers}
         role_of |= {(r.window, r.layer): r.role for r in own.itertuples()}
-        return cls(descriptor, factors, list(config["options"]["windows"]), layers, summary, found, main, role_of)
+        return cls(descriptor, factors, list(windows), layers, summary, found, main, role_of)
+
+    @property
+    def fewest_pairs(self) -> int:
+        """The number of pairs of the factor that has the fewest."""
+        return int(min(self.main.pairs))
 
     def numbers(self, window: str, layer: str) -> pd.DataFrame:
         """The main descriptor's row of every factor."""
@@ -86,96 +100,172 @@ class Findings:
         return told
 
 
-def colour(name: str, factors: list[str]) -> str:
+def findings(run: Run, rows: pd.DataFrame) -> Findings:
+    """What a run's rows come to."""
+    inputs = run.config["inputs"]
+    summary = Summary.of(inputs["swept_windows"], rows)
+    said = says(summary)
+    if "clip" not in inputs["descriptors"]:
+        said += f" CLIP similarity is left out: {CLIP} is not in the local cache (hf download {CLIP})."
+    figures = ("layers", "roles", *(["time"] if len(summary.windows) > 1 else []))
+    return Findings(run, rows, [_table(summary)], lambda: _page(run, summary, said), figures, said)
+
+
+def says(summary: Summary) -> str:
+    """Which layers carry what in the first window, by the main descriptor, and what no layer carries."""
+    window, by = summary.windows[0], _DESCRIPTORS[summary.descriptor]
+    when = "" if len(summary.windows) == 1 else "at all steps, " if window == "all" else f"at steps {window}, "
+    if len(summary.factors) == 1:
+        return _of_one_factor(summary, f"{when}by {by}, ")
+    if summary.fewest_pairs < 3:
+        fewest = "one pair" if summary.fewest_pairs == 1 else "two pairs"
+        return f"No layer can have a role: {fewest} of a factor say nothing of the next. At least three are needed."
+    carried, nowhere = [], []
+    for told in summary.carriers():
+        role, carriers = told["role"], told["carriers"]
+        if not carriers:
+            nowhere += [role] if role != EVERYTHING else []
+            continue
+        named = [f"{c['layer']} ({c['transfer']:.2f})" for c in carriers[:_NAMED]]
+        more = len(carriers) - len(named)
+        listed = _listed([*named, *([f"{more} other{'s' if more > 1 else ''}"] if more else [])])
+        carried.append(f"{role} comes over with {listed}")
+    if nowhere:
+        carried.append(f"no layer carries {_listed(nowhere, 'or')} alone")
+    said = f"{when}by {by}, {'; '.join(carried)}."
+    return said[0].upper() + said[1:] + _few(summary)
+
+
+def _of_one_factor(summary: Summary, by: str) -> str:
+    """The layer with which most came over: a factor alone has nothing to be clear of."""
+    known = summary.main[summary.main.window == summary.windows[0]].dropna(subset=["transfer"])
+    if known.empty:
+        said = f"{by}O and E do not differ: nothing could come over."
+    else:
+        most = known.loc[known.transfer.idxmax()]
+        interval = f"95% interval {most.low:.2f}–{most.high:.2f}, null {most.null:.2f}"
+        said = f"{by}most comes over with {most.layer} ({most.transfer:.2f}, {interval})."
+    return f"{said[0].upper()}{said[1:]} One factor alone gives no roles: there is no other to be clear of.{_few(summary)}"
+
+
+def _few(summary: Summary) -> str:
+    pairs = summary.fewest_pairs
+    return "" if pairs >= 6 else f" With only {pairs} pair{'s' if pairs > 1 else ''} a factor, intervals are coarse."
+
+
+def _listed(parts: Sequence[str], last: str = "and") -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} {last} {parts[-1]}"
+
+
+def _table(summary: Summary) -> Table:
+    """Layers with transfer and interval, null, damage and role."""
+    several = len(summary.windows) > 1
+    by = _DESCRIPTORS[summary.descriptor]
+    title = f"transfer by {by} (0 nothing, 1 all of it), 95% interval, (null: an unrelated donor)"
+    columns = [*(["steps"] if several else []), "layer", *summary.factors, "damage", "role"]
+    rows: list[tuple[str, ...]] = []
+    styles: dict[int, str] = {}
+    for window in summary.windows:
+        for layer in summary.layers:
+            numbers, role = summary.numbers(window, layer), summary.role_of[window, layer]
+            cells = [f"{n.transfer:.2f} {n.low:.2f}-{n.high:.2f} ({n.null:.2f})" for n in numbers.itertuples()]
+            styles[len(rows)] = (
+                "dim" if role == NO_ROLE else "bold" if role == EVERYTHING else f"bold {colour(role, summary.factors)}"
+            )
+            rows.append((*([window] if several else []), layer, *cells, f"{numbers.damage.mean():.2f}", role))
+    return Table(title, columns, rows, text=("steps", "layer", "role"), styles=styles)
+
+
+def colour(name: str, factors: Sequence[str]) -> str:
     """A factor's or role's colour; factors of the user's own take spare ones."""
     return COLOURS[name] if name in COLOURS else _SPARE[factors.index(name) % len(_SPARE)]
 
 
+_BRIEF = {
+    "_blocks": "",
+    "_block": "",
+    "attentions": "attn",
+    "resnets": "res",
+    "transformer": "block",
+    "downsamplers": "downsample",
+    "upsamplers": "upsample",
+    ".": " ",
+    "_": " ",
+}
+
+
 def short(layer: str) -> str:
     """A layer's name as figures label it: down_blocks.1.attentions.0 becomes down 1 attn 0."""
-    for long, brief in (("_blocks", ""), ("_block", ""), ("attentions", "attn"), ("resnets", "res"), ("transformer", "block"),
-                        ("downsamplers", "downsample"), ("upsamplers", "upsample"), (".", " "), ("_", " ")):  # fmt: skip
+    for long, brief in _BRIEF.items():
         layer = layer.replace(long, brief)
     return layer
 
 
-def print_roles(findings: Findings) -> None:
-    """The table of layers with transfer and interval, null, damage and role."""
-    from rich.table import Table
-
-    from probekit.report.terminal import console
-
-    several = len(findings.windows) > 1
-    title = (
-        f"transfer by {_DESCRIPTORS[findings.descriptor]} (0 nothing, 1 all of it), 95% interval, (null: an unrelated donor)"
-    )
-    table = Table(title=title, title_justify="left")
-    for heading in (["steps"] if several else []) + ["layer", *findings.factors, "damage", "role"]:
-        table.add_column(heading, no_wrap=heading in ("layer", "role"))
-    for window in findings.windows:
-        for layer in findings.layers:
-            numbers, role = findings.numbers(window, layer), findings.role_of[window, layer]
-            cells = [f"{n.transfer:.2f} {n.low:.2f}-{n.high:.2f} ({n.null:.2f})" for n in numbers.itertuples()]
-            style = "dim" if role == NO_ROLE else f"bold {colour(role, findings.factors)}" if role != EVERYTHING else "bold"
-            damage = f"{numbers.damage.mean():.2f}"
-            table.add_row(*([window] if several else []), layer, *cells, damage, f"[{style}]{role}[/]")
-    console().print(table)
-
-
-def write_report(folder: Path, config: dict[str, Any], findings: Findings) -> Path:
-    """Write figures/ (PNG and SVG) and report.html; returns the page's path."""
-    windows, layers, factors = findings.windows, findings.layers, findings.factors
-    (folder / "figures").mkdir(exist_ok=True)
-    save_figure(_layers_figure(folder, config, findings), folder / "figures" / "layers")
-    figures = {"roles": save_figure(_roles_figure(findings), folder / "figures" / "roles")}
+def _page(run: Run, summary: Summary, said: str) -> bytes:
+    """The figures, drawn into figures/, and the page."""
+    windows, layers, factors = summary.windows, summary.layers, summary.factors
+    config, figures = run.config, run.folder / "figures"
+    save_figure(_layers_figure(run, summary), figures / "layers")
+    drawn = {"roles": save_figure(_roles_figure(summary), figures / "roles")}
     if len(windows) > 1:
-        figures["time"] = save_figure(_time_figure(findings), folder / "figures" / "time")
-    pairs = [
-        {**pair, "O": _data_uri(folder, pair, "O"), "E": _data_uri(folder, pair, "E"),
-         "layers": {w: {la: _data_uri(folder, pair, f"{w}_{la}") for la in layers} for w in windows}}
-        for pair in config["options"]["pairs"]
-    ]  # fmt: skip
+        drawn["time"] = save_figure(_time_figure(summary), figures / "time")
+    pairs = []
+    for pair in config["inputs"]["swept_pairs"]:
+        ends = {name: data_url(_picture(run, pair, name)) for name in ("O", "E")}
+        of_layers = {w: {la: data_url(_picture(run, pair, picture_name(w, la))) for la in layers} for w in windows}
+        pairs.append({**pair, **ends, "layers": of_layers})
     tiles = [
         {
             "name": la,
             "short": short(la),
-            "role": findings.role_of[windows[0], la],
+            "role": summary.role_of[windows[0], la],
             "part": part_of(la),
             "level": _level(la, layers),
         }
         for la in layers
     ]
-    descriptors = [d for d in _DESCRIPTORS if (findings.summary.descriptor == d).any()]
+    descriptors = [d for d in _DESCRIPTORS if (summary.summary.descriptor == d).any()]
     data = {
         "pairs": pairs,
-        "numbers": {w: {la: _records(findings.numbers(w, la)) for la in layers} for w in windows},
-        "roles": {w: {la: findings.role_of[w, la] for la in layers} for w in windows},
+        "numbers": {w: {la: _records(summary.numbers(w, la)) for la in layers} for w in windows},
+        "roles": {w: {la: summary.role_of[w, la] for la in layers} for w in windows},
     }
-    page = render(
-        "injection.html",
+    return render(
+        "injection/page.html",
+        run,
         name=Path(config["options"]["model"]).name,
-        config=config,
-        options=config["options"],
-        command=command_line(config["command"]),
-        conclusions=findings.carriers(),
-        descriptor=_DESCRIPTORS[findings.descriptor],
+        headline=said,
+        conclusions=summary.carriers(),
+        descriptor=_DESCRIPTORS[summary.descriptor],
         factors=factors,
-        controlled=all(f in COLOURS and f != "own" for f in factors) and findings.descriptor == "reader",
+        controlled=all(f in COLOURS and f != "own" for f in factors) and summary.descriptor == "reader",
         colours={f: colour(f, factors) for f in [*factors, EVERYTHING, NO_ROLE]},
         windows=windows,
         layers=tiles,
         pairs=pairs,
         data=data,
-        figures=figures,
-        table=_table(findings, descriptors),
+        figures=drawn,
+        table=_cells(summary, descriptors),
         descriptors=[_DESCRIPTORS[d] for d in descriptors],
         everything=EVERYTHING,
         no_role=NO_ROLE,
-        fewest_pairs=min(findings.main.pairs),
     )
-    report = folder / "report.html"
-    write_whole(report, page)
-    return report
+
+
+def picture_name(window: str, layer: str) -> str:
+    """What the picture of O with E's layer is called among a pair's pictures."""
+    return f"{window}_{layer}".replace("%", "pct")
+
+
+def _picture(run: Run, pair: Mapping[str, Any], name: str) -> Path:
+    """Where a pair's picture lies. Raises ProbekitError where it does not."""
+    path = run.picture(pair["name"], name)
+    if not path.exists():
+        unit = f"units/{pair['name']}.parquet"
+        raise ProbekitError(
+            f"run {str(run.folder)!r}: {path.name} of {pair['name']} is missing; delete {unit} and start it again"
+        )
+    return path
 
 
 def part_of(layer: str) -> str:
@@ -202,26 +292,26 @@ def _records(numbers: pd.DataFrame) -> list[dict[str, Any]]:
     return [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in records]
 
 
-def _table(findings: Findings, descriptors: list[str]) -> list[dict[str, Any]]:
+def _cells(summary: Summary, descriptors: Sequence[str]) -> list[dict[str, Any]]:
     """For every window and layer: by each descriptor the role, and each factor's numbers."""
-    numbers = {(r.descriptor, r.window, r.layer, r.factor): r for r in findings.summary.itertuples()}
-    role_of = {(r.descriptor, r.window, r.layer): r.role for r in findings.roles.itertuples()}
+    numbers = {(r.descriptor, r.window, r.layer, r.factor): r for r in summary.summary.itertuples()}
+    role_of = {(r.descriptor, r.window, r.layer): r.role for r in summary.roles.itertuples()}
+
+    def cell(descriptor: str, window: str, layer: str) -> dict[str, Any]:
+        place = (descriptor, window, layer)
+        return {"role": role_of.get(place, NO_ROLE), "numbers": [numbers.get((*place, f)) for f in summary.factors]}
+
     return [
-        {"window": w, "layer": la, "cells": [
-            {"role": role_of.get((d, w, la), NO_ROLE), "numbers": [numbers.get((d, w, la, f)) for f in findings.factors]}
-            for d in descriptors]}
-        for w in findings.windows for la in findings.layers
-    ]  # fmt: skip
-
-
-def _data_uri(folder: Path, pair: dict[str, Any], name: str) -> str:
-    return data_url(folder / "images" / pair["name"] / f"{name.replace('%', 'pct')}.png")
+        {"window": w, "layer": la, "cells": [cell(d, w, la) for d in descriptors]}
+        for w in summary.windows
+        for la in summary.layers
+    ]
 
 
 # --- figures -----------------------------------------------------------------------------------------------------------
 
 
-def _roles_figure(findings: Findings) -> Figure:
+def _roles_figure(summary: Summary) -> Figure:
     """Transfer of every factor at every layer, with intervals, nulls and the role that follows, in the first window."""
     import matplotlib
 
@@ -230,21 +320,21 @@ def _roles_figure(findings: Findings) -> Figure:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle
 
-    layers, factors = findings.layers, findings.factors
-    summary = findings.main[findings.main.window == findings.windows[0]]
+    layers, factors = summary.layers, summary.factors
+    shown = summary.main[summary.main.window == summary.windows[0]]
     with plt.rc_context(style()):
         figure, (ax, harm) = plt.subplots(
             2, 1, figsize=(max(7.5, 0.56 * len(layers) + 1.6), 5.4), height_ratios=(4.2, 1), sharex=True, layout="constrained"
         )
         width = 0.8 / max(len(factors), 1)
-        role_of = {la: findings.role_of[findings.windows[0], la] for la in layers}
+        role_of = {la: summary.role_of[summary.windows[0], la] for la in layers}
         for x, la in enumerate(layers):
             role = role_of[la]
             if role != NO_ROLE:
                 ax.add_patch(Rectangle((x - 0.48, -0.02), 0.96, 1.04, color=colour(role, factors), alpha=0.13, lw=0))
             ax.add_patch(Rectangle((x - 0.48, 1.045), 0.96, 0.045, color=colour(role, factors), lw=0, clip_on=False))
         for k, factor in enumerate(factors):
-            by = summary[summary.factor == factor].set_index("layer").reindex(layers)
+            by = shown[shown.factor == factor].set_index("layer").reindex(layers)
             at = np.arange(len(layers)) + (k - (len(factors) - 1) / 2) * width
             c = colour(factor, factors)
             ax.bar(at, by.transfer, width * 0.86, color=c, alpha=0.88, lw=0)
@@ -255,9 +345,9 @@ def _roles_figure(findings: Findings) -> Figure:
                 by.null, at - width * 0.43, at + width * 0.43, color="#26251f", lw=1.1, zorder=4, linestyles=(0, (1.2, 0.8))
             )
             harm.plot(at, by.damage, "o", ms=3.5, color=c)
-        ax.set(ylim=(0, 1.1), xlim=(-0.6, len(layers) - 0.4), ylabel=f"transfer, by {_DESCRIPTORS[findings.descriptor]}")
+        ax.set(ylim=(0, 1.1), xlim=(-0.6, len(layers) - 0.4), ylabel=f"transfer, by {_DESCRIPTORS[summary.descriptor]}")
         ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
-        harm.set(ylim=(-0.05, max(1.05, float(np.nanmax(summary.damage)) * 1.05)), ylabel="damage")
+        harm.set(ylim=(-0.05, max(1.05, float(np.nanmax(shown.damage)) * 1.05)), ylabel="damage")
         harm.set_xticks(range(len(layers)), [short(la) for la in layers], rotation=48, ha="right", rotation_mode="anchor")
         harm.axhline(0, color="#c9c7bf", lw=0.8, zorder=0)
         for axis in (ax, harm):
@@ -275,31 +365,36 @@ def _roles_figure(findings: Findings) -> Figure:
     return figure
 
 
-def _layers_figure(folder: Path, config: dict[str, Any], findings: Findings) -> Figure:
+def _layers_figure(run: Run, summary: Summary) -> Figure:
     """O, E and O with each layer taken from E, for the first pair of every factor (figure 5 of the paper)."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    window, layers, factors = findings.windows[0], findings.layers, findings.factors
-    first = {pair["factor"]: pair for pair in reversed(config["options"]["pairs"])}
+    window, layers, factors = summary.windows[0], summary.layers, summary.factors
+    first = {pair["factor"]: pair for pair in reversed(run.config["inputs"]["swept_pairs"])}
     columns = ["O", "E", *layers]
+    height, left, right = 0.66 * len(factors) + 1.1, 0.2 + 0.085 * max(map(len, factors)), 0.35  # inches
+    width = left + 0.56 * len(columns) + right
+    sides = {"left": left / width, "right": 1 - right / width, "bottom": 0.02, "top": 1 - 1.05 / height}
     with plt.rc_context(style()):
         figure, axes = plt.subplots(
-            len(factors), len(columns), figsize=(0.62 * len(columns), 0.66 * len(factors) + 1.1), squeeze=False,
-            gridspec_kw={"wspace": 0.06, "hspace": 0.06, "left": 0.075, "right": 0.972, "bottom": 0.02,
-                         "top": 1 - 1.05 / (0.66 * len(factors) + 1.1)},
-        )  # fmt: skip
+            len(factors),
+            len(columns),
+            figsize=(width, height),
+            squeeze=False,
+            gridspec_kw={"wspace": 0.06, "hspace": 0.06} | sides,
+        )
         for row, factor in zip(axes, factors, strict=True):
             for ax, name in zip(row, columns, strict=True):
-                file = name if name in ("O", "E") else f"{window}_{name}".replace("%", "pct")
-                ax.imshow(Image.open(folder / "images" / first[factor]["name"] / f"{file}.png"))
+                file = name if name in ("O", "E") else picture_name(window, name)
+                ax.imshow(Image.open(_picture(run, first[factor], file)))
                 ax.set(xticks=[], yticks=[])
                 for spine in ax.spines.values():
                     spine.set_visible(True)
                     spine.set_linewidth(2)
-                    spine.set_color("white" if name in ("O", "E") else colour(findings.role_of[window, name], factors))
+                    spine.set_color("white" if name in ("O", "E") else colour(summary.role_of[window, name], factors))
             row[0].set_ylabel(factor, color=colour(factor, factors), fontweight="bold", rotation=0, ha="right", va="center")
         for ax, name in zip(axes[0], columns, strict=True):
             label = name if name in ("O", "E") else short(name)
@@ -308,7 +403,7 @@ def _layers_figure(folder: Path, config: dict[str, Any], findings: Findings) -> 
     return figure
 
 
-def _time_figure(findings: Findings) -> Figure:
+def _time_figure(summary: Summary) -> Figure:
     """A layer x time map for every factor."""
     import matplotlib
 
@@ -316,7 +411,7 @@ def _time_figure(findings: Findings) -> Figure:
     from matplotlib import pyplot as plt
     from matplotlib.colors import LinearSegmentedColormap
 
-    windows, layers, factors = findings.windows[1:], findings.layers, findings.factors
+    windows, layers, factors = summary.windows[1:], summary.layers, summary.factors
     with plt.rc_context(style()):
         figure, axes = plt.subplots(
             1,
@@ -328,7 +423,7 @@ def _time_figure(findings: Findings) -> Figure:
         )
         for ax, factor in zip(axes[0], factors, strict=True):
             grid = (
-                findings.main[findings.main.factor == factor]
+                summary.main[summary.main.factor == factor]
                 .pivot(index="layer", columns="window", values="transfer")
                 .reindex(layers)[windows]
             )
@@ -336,16 +431,15 @@ def _time_figure(findings: Findings) -> Figure:
             ax.imshow(grid, vmin=0, vmax=1, cmap=shades, aspect="auto")
             for (y, x), value in np.ndenumerate(grid.to_numpy()):
                 if not math.isnan(value):
-                    ax.text(x, y, f"{value:.2f}".removeprefix("0"), ha="center", va="center", fontsize=7,
-                            color="white" if value > 0.62 else "#26251f")  # fmt: skip
+                    ink = "white" if value > 0.62 else "#26251f"
+                    told = f"{value:.2f}".removeprefix("0")
+                    ax.text(x, y, told, ha="center", va="center", fontsize=7, color=ink)
             ax.set_title(factor, color=colour(factor, factors), fontsize=10, fontweight="bold")
             ax.set_xticks(range(len(windows)), [w.replace("%", "") for w in windows])
             ax.set_yticks(range(len(layers)), [short(la) for la in layers])
             ax.tick_params(length=0)
             for spine in ax.spines.values():
                 spine.set_visible(False)
-        figure.supxlabel(
-            f"steps injected, in percent (0 is noise); transfer by {_DESCRIPTORS[findings.descriptor]}", fontsize=9
-        )
+        figure.supxlabel(f"steps injected, in percent (0 is noise); transfer by {_DESCRIPTORS[summary.descriptor]}", fontsize=9)
         plt.close(figure)
     return figure
