@@ -79,6 +79,7 @@ def test_the_pages_have_code() -> None:
     assert {"README.md", "python.md", "models.md", "latents.md"} <= {page.name for page in WITH_PYTHON}
 
 
+@pytest.mark.slow
 def test_the_script_and_the_pairs_of_the_page_on_injections_are_taken(tmp_path: Path) -> None:
     (script,), (pairs,) = (
         [b for b in blocks(ROOT / "docs" / "inject.md") if b.title == name] for name in ("mine.py", "pairs.yaml")
