@@ -1,7 +1,7 @@
 """What sampling and inversion cost beyond the network's calls, and what it costs to find every sample's nearest noise.
 
     python benchmarks/inversion.py [--model avatar-ddpm] [--rows 16] [--steps 20] [--n 2048] [--pixels 3072] [--repeats 5]
-    python benchmarks/inversion.py --mapped 50000    # writes two files of n * 49,152 bytes for as long as it takes
+    python benchmarks/inversion.py --mapped 50000    # writes two times n * 49,152 bytes, for as long as it takes
 
 Sampling and every inversion are timed against the same number of bare calls of the network on as many rows, in turn, and the
 median of the ratios is printed. Nearest noises are found in three ways that must agree: by blocks (`geometry.nearest`), by
@@ -30,16 +30,13 @@ LOOP_ROWS = 64  # of the queries, for the double loop; its time for all is this 
 
 def calls(asked: argparse.Namespace) -> None:
     """Seconds of each algorithm, of the bare calls it makes, and their ratio."""
-    from probekit.models import load_diffusion
+    from probekit import load
     from probekit.sampling import sample
     from probekit.sampling.inversions import INVERSIONS
 
-    _, diffusion = load_diffusion(asked.model, device="cpu")
-    schedule, denoiser, noise = (
-        diffusion.schedule(asked.steps),
-        diffusion.denoiser(asked.rows),
-        diffusion.noise(range(asked.rows), 0),
-    )
+    diffusion = load(asked.model, device="cpu").diffusion
+    schedule, denoiser = diffusion.schedule(asked.steps), diffusion.denoiser(asked.rows)
+    noise = diffusion.noise(range(asked.rows), 0)
     image, fresh = sample(denoiser, noise, schedule).end, diffusion.fresh_noise(range(asked.rows), 0)
     ways: dict[str, Callable[[], Any]] = {"sample": lambda: sample(denoiser, noise, schedule)}
     for name, inversion in INVERSIONS.items():
@@ -106,22 +103,28 @@ def measure(way: str, n: int, pixels: int) -> tuple[float, int, list[int]]:
 
 def mapped(n: int) -> None:
     """Seconds and peak memory of writing noises and samples to a run's files and of finding 2,048 noises among them."""
-    from probekit.metrics.geometry import margin, nearest
-    from probekit.runs import Run
+    from probekit.experiments.denoising import BLOCK
 
-    def draw(rows: range, seed: int) -> torch.Tensor:
-        return torch.randn(len(rows), 3, 64, 64, generator=torch.Generator().manual_seed(2 * rows.start + seed))
+    from probekit.metrics.geometry import margin, nearest
+    from probekit.runs.experiment import Work
+    from probekit.runs.folder import Run, Stacked
 
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder) / "run", "benchmark", {}, [])
-        noise = run.states("noise", n, (3, 64, 64), lambda rows: draw(rows, 0), lambda rows: None)
-        near = run.states("samples", n, (3, 64, 64), lambda rows: 0.3 * draw(rows, 0) + 0.5 * draw(rows, 1), lambda rows: None)
+        run = Run(Path(folder) / "run", "benchmark", {})
+        units = [f"samples-{start:07d}" for start in range(0, n, BLOCK)]
+        for block, unit in enumerate(units):
+            generator = torch.Generator().manual_seed(block)
+            noise = torch.randn(min(BLOCK, n - block * BLOCK), 3, 64, 64, generator=generator)
+            near = 0.3 * noise + 0.5 * torch.randn(noise.shape, generator=generator)
+            run.write(unit, Work(arrays={"noise": noise.numpy(), "states": near.numpy()}))
+        noises, samples = (Stacked([run.array(unit, key) for unit in units]) for key in ("noise", "states"))
+        asked = min(n, 2048)
         start = time.perf_counter()
-        found = nearest(near[-2048:], noise)
+        found = nearest(samples[n - asked : n], noises)
         seconds = time.perf_counter() - start
-        margin(near, noise)
-    right = float((found == torch.arange(n)[-2048:]).double().mean())
-    print(f"2,048 samples among {n:,} noises: {seconds:.1f} s, {right:.0%} right; peak {resident('VmHWM') / 2**30:.2f} GiB")
+        margin(samples, noises)
+    right = float((found == torch.arange(n)[-asked:]).double().mean())
+    print(f"{asked:,} samples among {n:,} noises: {seconds:.1f} s, {right:.0%} right; peak {resident('VmHWM') / 2**30:.2f} GiB")
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from probekit.hooks.errors import ProbekitError
 from torch import Tensor
 
-from probekit.hooks.errors import ProbekitError
 from probekit.metrics import geometry
 from probekit.metrics.geometry import (
     angles,
@@ -315,28 +315,45 @@ def test_nearest_never_holds_more_than_a_block(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what is resident of files is read from /proc")
 def test_what_was_read_or_written_through_memory_maps_does_not_stay_in_memory(tmp_path: Path) -> None:
-    """Two maps of 235 MiB each. Only pages of files are counted: how much torch takes for its blocks varies from run to run."""
+    """Two times 235 MiB, in blocks as a run keeps them, and as one file. Only pages of files are counted: how much torch takes
+    for its blocks varies from run to run."""
     code = """
 import re
 from probekit.metrics.geometry import margin, nearest
-from probekit.runs import Run
+from probekit.runs.experiment import Work
+from probekit.runs.folder import Run, Stacked
+import numpy as np
 import torch
 from pathlib import Path
 
 def resident():
     return int(re.search(r"RssFile:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
-n, shape = 20_032, (3, 32, 32)
-run = Run(Path("run"), "none", {}, [])
+n, shape, block = 20_032, (3, 32, 32), 626
+run = Run(Path("run"), "none", {})
 nearest(*(torch.randn(8, 3, 4, 4) for _ in range(2)))
+run.write("warm", Work(arrays={"noise": np.zeros(1)}))
 before = resident()
-draw = lambda rows: torch.randn(len(rows), *shape, generator=torch.Generator().manual_seed(rows.start))
-noise = run.states("noise", n, shape, draw, lambda rows: None)
+draw = lambda start: torch.randn(block, *shape, generator=torch.Generator().manual_seed(start)).numpy()
+units = [f"block-{start:07d}" for start in range(0, n, block)]
+for unit in units:
+    noise = draw(int(unit[6:]))
+    run.write(unit, Work(arrays={"noise": noise, "states": noise / 2}))
 print(resident() - before)
-states = run.states("states", n, shape, lambda rows: draw(rows) / 2, lambda rows: None)
-assert nearest(states[-40:], noise).tolist() == list(range(n - 40, n))
+noise, states = (Stacked([run.array(unit, key) for unit in units]) for key in ("noise", "states"))
+assert nearest(states[n - 40 :], noise).tolist() == list(range(n - 40, n))
 print(resident() - before)
 margin(states, noise)
+print(resident() - before)
+whole = np.lib.format.open_memmap("whole.npy", "w+", np.float32, (n, *shape))
+for start in range(0, n, block):
+    whole[start : start + block] = noise[start : start + block]
+del whole
+whole = np.load("whole.npy", mmap_mode="r")
+before = resident()
+assert nearest(states[n - 40 :], whole).tolist() == list(range(n - 40, n))
+print(resident() - before)
+margin(states, whole)
 print(resident() - before)
 """
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
