@@ -164,17 +164,17 @@ def test_what_a_sweep_writes_under_a_layers_name_is_of_that_layer_and_window(
     tiny_sd: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:
     original, edit = "a red fish", "a blue star"
-    sweep = ["inject", "sweep", "--model", tiny_folder, "--prompt-original", original, "--prompt-edit", edit, "--guidance", "2"]
-    sweep += ["--num-steps", "4", "--by-time", "--windows", "2", "--seed", "3", *(f"--layers={name}" for name in MIDDLE)]
+    sweep = ["inject", "sweep", "--model", tiny_folder, "--prompt-original", original, "--prompt-edit", edit, "--guidance", "4"]
+    sweep += ["--num-steps", "4", "--by-time", "--windows", "2", "--seed", "5", *(f"--layers={name}" for name in MIDDLE)]
     assert probekit(*sweep, "--out", tmp_path).returncode == 0
     rows = pd.read_parquet(tmp_path / "results.parquet").set_index(["layer", "window", "donor", "descriptor"])
     windows = {"all": (0, 1, 2, 3), "0%-50%": (0, 1), "50%-100%": (2, 3)}
     made = {}
     for (layer, window), chosen in {(la, window): steps for la in MIDDLE for window, steps in windows.items()}.items():
         rule = {1: [hooks.Injection(layer, steps=hooks.Steps(indices=chosen))]}
-        generators = [seeds.numbered(3, 0) for _ in range(2)]
+        generators = [seeds.numbered(5, 0) for _ in range(2)]
         with hooks.inject(tiny_sd.unet, rule, schedule=tiny_sd.scheduler, rows=2):
-            call = tiny_sd([edit, original], generator=generators, num_inference_steps=4, guidance_scale=2.0, output_type="pt")
+            call = tiny_sd([edit, original], generator=generators, num_inference_steps=4, guidance_scale=4.0, output_type="pt")
         of_e, of_o = call.images * 2 - 1
         made[layer, window] = of_o
         written = load_png(tmp_path / "images" / "own-00" / f"{window.replace('%', 'pct')}_{layer}.png")
