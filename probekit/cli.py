@@ -40,9 +40,9 @@ for group, about in _GROUPS.items():
     app.add_typer(groups[group], name=group, help=about)
 
 _HOW = {
-    "out": (Path | None, "The run's folder. [default: runs/…]", None),
+    "out": (Path | None, "The run's folder. \\[default: runs/…]", None),
     "engine": (str, "local, ray, or ray:ADDRESS of a cluster.", "local"),
-    "workers": (int | None, "Workers of --engine ray. [default: one a device]", None),
+    "workers": (int | None, "Workers of --engine ray. \\[default: one a device]", None),
     "shard": (str | None, "Do the i-th of n parts of the units, as 2/8; whoever comes last collects.", None),
 }
 """How an experiment is run, whatever it is: type, help, default."""
@@ -118,7 +118,7 @@ def layers(
 
 @app.command()
 def models(
-    model: Annotated[str | None, typer.Argument(help="A model to look at. [default: the bundled ones]")] = None,
+    model: Annotated[str | None, typer.Argument(help="A model to look at. \\[default: the bundled ones]")] = None,
 ) -> None:
     """List models with their families, latent spaces and sizes, and what each space can do."""
     from probekit.bundled import MODELS, PIPELINES, trained
@@ -154,7 +154,7 @@ def zoo_list() -> None:
 def train(
     name: Annotated[str, typer.Argument(help="The model to train; see `probekit zoo list`.")],
     out: Annotated[
-        Path | None, typer.Option(help="Where to write its weights. [default: in place of the bundled ones]")
+        Path | None, typer.Option(help="Where to write its weights. \\[default: in place of the bundled ones]")
     ] = None,
     checkpoints: Annotated[Path, typer.Option(help="Where a killed training goes on from.")] = Path(".training"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and batches.")] = 0,

@@ -5,6 +5,7 @@ The dataclass is the only list of its options: the command line is made from it,
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import inspect
@@ -69,7 +70,9 @@ class Bench(Protocol):
 class Findings(Protocol):
     """What an experiment found, told by page, terminal and notebook alike."""
 
-    rows: pd.DataFrame
+    @property
+    def rows(self) -> pd.DataFrame:
+        """The tidy results."""
 
     def write(self) -> Path:
         """Write figures and the page into the run's folder; returns the page's path."""
@@ -187,7 +190,7 @@ class Option:
         if type(value) is int and float in self.kinds:
             value = float(value)
         if not any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind in self.kinds):
-            wanted = " or ".join(_WORDS.get(kind, kind.__name__) for kind in self.kinds)
+            wanted = " or ".join(dict.fromkeys(_WORDS.get(kind, kind.__name__) for kind in self.kinds))
             raise ProbekitError(f"{self.flag} {value!r}: {wanted} is needed")
         if isinstance(value, list | tuple) and (odd := [item for item in value if not isinstance(item, str)]):
             raise ProbekitError(f"{self.flag} {odd[0]!r}: text is needed")
@@ -204,6 +207,7 @@ _WORDS = {
     str: "text",
     bool: "True or False",
     list: "a list",
+    tuple: "a list",
     type(None): "None",
     Path: "a path",
 }
@@ -232,8 +236,21 @@ def signature(experiment: type[Options], *more: inspect.Parameter) -> inspect.Si
         default = f.default if f.default is not dataclasses.MISSING else inspect.Parameter.empty
         if f.default_factory is not dataclasses.MISSING:
             default = f.default_factory()
-        made.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[f.name]))
+        kind = inspect.Parameter.KEYWORD_ONLY
+        made.append(inspect.Parameter(f.name, kind, default=default, annotation=_shown(hints[f.name])))
     return inspect.Signature([*made, *more])
+
+
+def _shown(hint: Any) -> Any:
+    """The annotation with brackets in its help kept: typer takes `[default: 8]` for markup."""
+    if typing.get_origin(hint) is not Annotated:
+        return hint
+    kind, *extras = typing.get_args(hint)
+    for number, info in enumerate(extras):
+        if isinstance(info, typer.models.ParameterInfo) and info.help:
+            extras[number] = copy.copy(info)
+            extras[number].help = info.help.replace("[", "\\[")
+    return Annotated[kind, *extras]
 
 
 def _kinds(hint: Any) -> tuple[type, ...]:

@@ -69,14 +69,11 @@ class Run:
         return run
 
     def _refuse_another(self, stored: Mapping[str, Any]) -> None:
-        ours, theirs = (
-            {**c["inputs"], **c["options"], "experiment": c["experiment"], "probekit": c["probekit"]}
-            for c in (self.config, stored)
-        )
-        differ = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
+        ours, theirs = (_flat(config) for config in (self.config, stored))
+        differ = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
         if differ:
             said = ", ".join(
-                f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" if len(repr(ours.get(k))) < 80 else k for k in differ
+                f"{k[1]} {theirs.get(k)!r} there, {ours.get(k)!r} here" if len(repr(ours.get(k))) < 80 else k[1] for k in differ
             )
             raise ProbekitError(f"--out {str(self.folder)!r}: holds a run of another config ({said}); name another folder")
 
@@ -233,6 +230,13 @@ class _whole_folder:
                 if not self.final.is_dir():
                     raise
         shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _flat(config: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
+    """What must agree, by where it stands and its name: an option and an input may share a name."""
+    parts = {"options": config["options"], "inputs": config["inputs"]}
+    found = {(part, key): value for part, values in parts.items() for key, value in values.items()}
+    return found | {("", key): config[key] for key in ("experiment", "probekit")}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
