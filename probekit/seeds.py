@@ -14,7 +14,7 @@ _PRIME = 1_000_003
 
 
 def numbered(seed: int, number: int) -> torch.Generator:
-    """The generator of what has a number: a noise, a picture, a step of training. On the CPU, so that it is the same everywhere."""
+    """The generator of what has a number: a noise, a picture, a step of training. On the CPU, the same everywhere."""
     return torch.Generator().manual_seed(seed * _PRIME + number)
 
 
@@ -35,5 +35,8 @@ def fresh_noise(shape: Sequence[int], numbers: Iterable[int], seed: int) -> Floa
 
 
 def drawn(shape: Sequence[int], n: int, generator: torch.Generator) -> Float[Tensor, "n *shape"]:
-    """Standard normal noise from one generator, one draw an item: torch fills a large tensor in another order than small ones."""
+    """Standard normal noise (n, *shape) from one generator.
+
+    One draw an item: torch fills a large tensor in another order than small ones.
+    """
     return torch.stack([torch.randn(tuple(shape), generator=generator, device=generator.device) for _ in range(n)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
 import json
 import os
@@ -154,9 +155,14 @@ def tiny(**options: Any) -> Any:
     from diffusers import UNet2DModel
 
     config: dict[str, Any] = {
-        "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    }  # fmt: skip
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
     torch.manual_seed(0)
     return scramble(UNet2DModel(**config | options))
 
@@ -178,19 +184,36 @@ def tiny_sd() -> Any:
     words = tokenizer()
     end = words.eos_token_id
     text = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=MAX_TOKENS, eos_token_id=end, pad_token_id=end, bos_token_id=words.bos_token_id,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        eos_token_id=end,
+        pad_token_id=end,
+        bos_token_id=words.bos_token_id,
+    )
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(8, 16), layers_per_block=2, cross_attention_dim=16, attention_head_dim=2,
-        norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=2,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
+    )
     pipeline = StableDiffusionPipeline(
-        vae=tiny_vae(), text_encoder=scramble(CLIPTextModel(text)), tokenizer=words, unet=scramble(unet),
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None, feature_extractor=None,
+        vae=tiny_vae(),
+        text_encoder=scramble(CLIPTextModel(text)),
+        tokenizer=words,
+        unet=scramble(unet),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
-    )  # fmt: skip
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -201,13 +224,29 @@ def tiny_sd3() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=8,
-    )  # fmt: skip
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=8,
+        out_channels=4,
+        pos_embed_max_size=8,
+    )
     pipeline = StableDiffusion3Pipeline(
-        transformer=scramble(transformer), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=tiny_vae(),
-        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
-    )  # fmt: skip
+        transformer=scramble(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -218,13 +257,26 @@ def tiny_flux() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=16, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6), guidance_embeds=False,
-    )  # fmt: skip
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 6, 6),
+        guidance_embeds=False,
+    )
     pipeline = FluxPipeline(
-        transformer=scramble(transformer), scheduler=FlowMatchEulerDiscreteScheduler(), vae=tiny_vae(),
-        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
-    )  # fmt: skip
+        transformer=scramble(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=tiny_vae(),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -236,9 +288,15 @@ def ldm_folder(tmp_path: Path) -> Path:
 
     torch.manual_seed(0)
     vq = VQModel(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=3, num_vq_embeddings=16, norm_num_groups=4, sample_size=16, scaling_factor=0.5,
-    )  # fmt: skip
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=3,
+        num_vq_embeddings=16,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=0.5,
+    )
     pipeline = LDMPipeline(vqvae=scramble(vq), unet=tiny(), scheduler=DDIMScheduler(clip_sample=False))
     pipeline.save_pretrained(tmp_path / "ldm")
     return tmp_path / "ldm"
@@ -254,6 +312,12 @@ def embedded(seed: int, *, negative: bool) -> dict[str, Any]:
     if negative:
         row |= {"negative_prompt_embeds": torch.zeros(1, 5, 16), "negative_pooled_prompt_embeds": torch.zeros(1, 8)}
     return row | {"generator": torch.Generator().manual_seed(7)}
+
+
+def quick_spaces(model: Any, steps: int = 2) -> dict[str, Any]:
+    """Every space of a model, those that sample or invert with few steps."""
+    stepping = {name for name, maker in model.makers.items() if "steps" in inspect.signature(maker).parameters}
+    return {name: model.space(name, **{"steps": steps} if name in stepping else {}) for name in model.makers}
 
 
 # --- a pickle of StyleGAN2-ADA ------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from probekit.data import avatars, load
+from probekit.data import avatars, load_data
 from probekit.data.avatars import ATTRIBUTES, Avatar, Avatars, avatar, counterfactual
 from probekit.data.celeba import CelebA
 from probekit.data.folder import ImageFolder, read_images
@@ -475,26 +475,26 @@ def test_load_finds_every_kind_of_data_set(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "art" / "labels.csv").write_text("file,x\na.png,1\n")
     (tmp_path / "labels,2.csv").write_text("file,y\na.png,1\n")
     monkeypatch.chdir(tmp_path)
-    assert isinstance(load("avatars", 32), Avatars)
+    assert isinstance(load_data("avatars", 32), Avatars)
     for spec in ("celeba:faces", "faces", str(tmp_path / "faces")):
-        assert isinstance(load(spec, 64), CelebA)
+        assert isinstance(load_data(spec, 64), CelebA)
     for spec in ("folder:faces", "folder:art", "art", f"folder:{tmp_path / 'art'}"):
-        data = load(spec, 48)
+        data = load_data(spec, 48)
         assert isinstance(data, ImageFolder) and data.image_size == 48 and data.images([0]).shape == (1, 3, 48, 48)
-    assert load("folder:art,labels=labels.csv", 8).labels([0]).columns.tolist() == ["x"]
-    assert load("folder:art,labels=labels,2.csv", 8).labels([0]).columns.tolist() == ["y"]
+    assert load_data("folder:art,labels=labels.csv", 8).labels([0]).columns.tolist() == ["x"]
+    assert load_data("folder:art,labels=labels,2.csv", 8).labels([0]).columns.tolist() == ["y"]
 
 
 @pytest.mark.parametrize("spec", ["avatar", "", "celeba:", "folder:", "nowhere/at/all", "folder:art,labels=", "cifar:art"])
 def test_load_says_what_there_is(spec: str) -> None:
     with pytest.raises(ProbekitError) as error:
-        load(spec, 64)
-    assert repr(spec) in one_line(error) and "choose avatars, celeba:PATH, folder:PATH" in one_line(error)
+        load_data(spec, 64)
+    assert repr(spec) in one_line(error) and "choose avatars, scenes, celeba:PATH, folder:PATH" in one_line(error)
 
 
 def test_load_refuses_an_image_without_pixels() -> None:
     with pytest.raises(ProbekitError, match="image size 0: choose 1 pixel or more"):
-        load("avatars", 0)
+        load_data("avatars", 0)
 
 
 def test_importing_the_data_sets_does_not_import_torch() -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from probekit.hooks.errors import ProbekitError
 from probekit.latents import LatentSpace
-from probekit.models import checkpoint
-from probekit.models.glow import Glow, build, config_of, from_rosinality, matches, model, nll
+from probekit.models.families.glow import Glow, as_model, config_of, nll
 from probekit.models.model import Model
+from probekit.models.papers import checkpoint
+from probekit.models.papers.rosinality import from_rosinality, matches
 from tests.conftest import golden
 
 KINDS = list(product([True, False], [True, False]))  # affine, lu
@@ -45,7 +46,7 @@ def glow(*, affine: bool = True, lu: bool = True, flows: int = 2, blocks: int = 
 def reference(kind: str) -> tuple[Glow, dict[str, Tensor]]:
     """Rosinality's network, and what it gave."""
     state, case, _ = golden(f"glow_{kind}")
-    network = build(config_of(state))
+    network = Glow(**config_of(state))
     network.load_state_dict(state, strict=True)
     return network, case
 
@@ -100,16 +101,16 @@ def test_decoding_inverts_encoding_before_and_after_training(affine: bool, lu: b
     network = Glow(in_channels=3, flows=3, blocks=3, affine=affine, lu=lu, width=16)
     images, generator = pictures(6, 32), seeded(0)
     nll(network, images, generator)
-    for space in model(network, "flow", 32).spaces.values():
+    for space in as_model(network, "flow", 32).spaces.values():
         assert_exact(space, images)
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
     for _ in range(5):
         optimizer.zero_grad()
         nll(network, images, generator).backward()
         optimizer.step()
-    z, eps = (space.encode(images) for space in model(network, "flow", 32).spaces.values())
+    z, eps = (space.encode(images) for space in as_model(network, "flow", 32).spaces.values())
     assert (z - eps).abs().max() > 0.01
-    for space in model(network, "flow", 32).spaces.values():
+    for space in as_model(network, "flow", 32).spaces.values():
         assert_exact(space, images)
 
 
@@ -210,7 +211,7 @@ def test_nll_draws_its_noise_from_the_generator() -> None:
 @pytest.mark.parametrize(("affine", "lu"), KINDS)
 def test_config_is_read_from_the_state(affine: bool, lu: bool) -> None:
     config = {"in_channels": 3, "flows": 3, "blocks": 2, "affine": affine, "lu": lu, "width": 20}
-    network = build(config)
+    network = Glow(**config)
     assert config_of(network.state_dict()) == config
     # rosinality leaves the last block's convolutions decomposed
     assert ("blocks.0.flows.0.invconv.weight" in network.state_dict()) == (not lu)
@@ -231,14 +232,14 @@ def test_latent_shapes_are_those_of_the_latents() -> None:
 
 
 def test_spaces() -> None:
-    made = model(glow(), "flow", 32)
+    made = as_model(glow(), "flow", 32)
     assert (made.family, made.image_size, made.space().name) == ("glow", 32, "z")
     assert {space.name: space.shape for space in made.spaces.values()} == {"z": (3072,), "eps": (3072,)}
 
 
 def test_samples_of_z_decode_to_what_their_eps_give() -> None:
     network = glow()
-    made = model(network, "flow", 32)
+    made = as_model(network, "flow", 32)
     eps = 0.7 * torch.randn(5, 3072, generator=seeded(9))
     parts = [
         part.unflatten(1, shape) for part, shape in zip(eps.split([1536, 768, 768], 1), network.latent_shapes(32), strict=True)
@@ -256,24 +257,24 @@ def test_z_holds_the_levels_in_order_of_images_at_half_their_range() -> None:
     network, images = glow(), pictures(2, 32)
     with torch.no_grad():
         expected = torch.cat([z.flatten(1) for z in network(images / 2)[2]], 1)
-    torch.testing.assert_close(model(network, "flow", 32).space("z").encode(images), expected, rtol=0, atol=0)
+    torch.testing.assert_close(as_model(network, "flow", 32).space("z").encode(images), expected, rtol=0, atol=0)
 
 
 def test_decoded_images_stay_in_range() -> None:
-    decoded = model(glow(), "flow", 32).space("z").decode(20 * torch.randn(2, 3072, generator=seeded(0)))
+    decoded = as_model(glow(), "flow", 32).space("z").decode(20 * torch.randn(2, 3072, generator=seeded(0)))
     assert decoded.min() == -1 and decoded.max() == 1
-    burst = model(glow(), "flow", 32).space("z").decode(torch.full((1, 3072), float("inf")))
+    burst = as_model(glow(), "flow", 32).space("z").decode(torch.full((1, 3072), float("inf")))
     assert torch.isfinite(burst).all()  # what overflows is still a picture
 
 
 def test_images_of_another_size_are_refused() -> None:
     with pytest.raises(ProbekitError, match=r"model 'flow': images of shape \(3, 16, 16\), it takes \(3, 32, 32\)"):
-        model(glow(), "flow", 32).space().encode(pictures(1, 16))
+        as_model(glow(), "flow", 32).space().encode(pictures(1, 16))
 
 
 def test_a_network_that_is_not_initialised_has_no_spaces() -> None:
     with pytest.raises(ProbekitError, match="model 'flow': its ActNorm layers are not initialised"):
-        model(Glow(in_channels=3, flows=1, blocks=1, affine=True, lu=True, width=4), "flow", 32)
+        as_model(Glow(in_channels=3, flows=1, blocks=1, affine=True, lu=True, width=4), "flow", 32)
 
 
 @pytest.mark.parametrize(("affine", "lu"), KINDS)
@@ -285,7 +286,7 @@ def test_a_file_of_rosinality_gives_the_same_images(tmp_path: Path, prefix: str,
     random = torch.get_rng_state()
     content = checkpoint.read(path)
     assert matches(content)
-    read, expected = from_rosinality(content, "flow"), model(network, "flow", 64)
+    read, expected = from_rosinality(content, "flow"), as_model(network, "flow", 64)
     assert torch.equal(random, torch.get_rng_state())
     assert isinstance(read, Model) and read.image_size == 64 and read.digest == expected.digest
     z = expected.space().sample(2, seeded(0))

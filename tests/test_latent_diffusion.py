@@ -17,10 +17,10 @@ from diffusers import (
     LDMPipeline,
     UNet2DModel,
 )
-from probekit.experiments import denoising
 
 from probekit import ProbekitError, load
-from probekit.models import Model, TextToImage, load_diffusion
+from probekit.experiments.noise_map_run import NoiseMapRun
+from probekit.models.families import text_to_image
 from probekit.sampling import sample
 from tests.conftest import scramble, tiny, tiny_vae
 
@@ -29,17 +29,25 @@ from tests.conftest import scramble, tiny, tiny_vae
 def dit_folder(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     dit = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
-        num_embeds_ada_norm=1000, norm_num_groups=1,  # DiTPipeline's empty class is number 1000
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        num_embeds_ada_norm=1000,
+        norm_num_groups=1,  # DiTPipeline's empty class is number 1000
+    )
     pipeline = DiTPipeline(scramble(dit), tiny_vae(), DDIMScheduler(clip_sample=False), id2label={3: "dog"})
     pipeline.save_pretrained(tmp_path / "dit")
     return tmp_path / "dit"
 
 
 def test_an_ldm_samples_what_its_pipeline_does(ldm_folder: Path) -> None:
-    model, diffusion = load_diffusion(str(ldm_folder), device="cpu")
-    assert isinstance(model, Model) and model.family == "ldm" and list(model.spaces) == ["grid", "quantized", "inverted"]
+    model = load(ldm_folder, device="cpu")
+    diffusion = model.diffusion
+    assert model.family == "ldm"
+    assert list(model.spaces) == ["grid", "quantized", "code", "inverted", "noised", "h", "noise"]
     assert diffusion.shape == (3, 8, 8) and diffusion.image_size == 16
     pipeline = LDMPipeline.from_pretrained(ldm_folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -57,8 +65,8 @@ def test_a_vq_vae_whose_files_name_no_factor_has_none(ldm_folder: Path) -> None:
     """As the files of CompVis/ldm-celebahq-256, which are older than diffusers' default."""
     config = ldm_folder / "vqvae" / "config.json"
     config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "scaling_factor"}))
-    model, diffusion = load_diffusion(str(ldm_folder), device="cpu")
-    assert isinstance(model, Model)
+    model = load(ldm_folder, device="cpu")
+    diffusion = model.diffusion
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     states = diffusion.encode(images)
     assert torch.allclose(states, model.space("grid").encode(images), atol=1e-6)
@@ -69,18 +77,19 @@ def test_a_vq_vae_whose_files_name_no_factor_has_none(ldm_folder: Path) -> None:
 def test_a_u_net_that_cannot_be_sampled_is_refused_when_it_is_loaded(ldm_folder: Path, wrong: dict[str, Any]) -> None:
     tiny(**wrong).save_pretrained(ldm_folder / "unet")
     with pytest.raises(ProbekitError, match=next(iter(wrong)).removeprefix("num_").split("_")[0]):
-        load_diffusion(str(ldm_folder), device="cpu")
+        load(ldm_folder, device="cpu")
 
 
 def test_a_dit_samples_what_its_pipeline_does(dit_folder: Path) -> None:
-    _, diffusion = load_diffusion(str(dit_folder), device="cpu", label=3, guidance=4.0)
+    model = load(dit_folder, device="cpu")
+    diffusion = model.conditioned(label=3, guidance=4.0).diffusion
     pipeline = DiTPipeline.from_pretrained(dit_folder)
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline([3], 4.0, torch.Generator().manual_seed(4), num_inference_steps=5, output_type="np").images
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4))
     made = diffusion.decode(sample(diffusion.denoiser(1), noise, diffusion.schedule(5)).end)
     assert torch.allclose(made, torch.from_numpy(expected).permute(0, 3, 1, 2) * 2 - 1, atol=2e-4)
-    free = load_diffusion(str(dit_folder), device="cpu")[1]
+    free = model.diffusion
     assert not torch.allclose(free.denoiser(1)(noise, 500.0), diffusion.denoiser(1)(noise, 500.0), atol=1e-3)
 
 
@@ -88,8 +97,8 @@ def test_a_rectified_flow_of_pixels_is_recognised_by_its_scheduler(tmp_path: Pat
     pipeline = DDPMPipeline(tiny(), FlowMatchEulerDiscreteScheduler())
     pipeline.save_pretrained(tmp_path / "flow")
     model = load(tmp_path / "flow", device="cpu")
-    assert isinstance(model, Model) and model.family == "flow" and model.diffusion is not None
-    assert model.diffusion.schedule(4).prediction == "flow" and list(model.spaces) == ["inverted", "noised", "h"]
+    assert model.family == "flow" and model.diffusion.schedule(4).prediction == "flow"
+    assert list(model.spaces) == ["inverted", "noised", "h", "noise"]
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(1, torch.Generator().manual_seed(4), num_inference_steps=5, output_type="np").images
     noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(4))
@@ -98,12 +107,10 @@ def test_a_rectified_flow_of_pixels_is_recognised_by_its_scheduler(tmp_path: Pat
 
 
 def test_a_text_to_image_model_samples_what_its_pipeline_does(tiny_sd: Any) -> None:
-    model = TextToImage(tiny_sd, name="tiny")
-    diffusion = model.diffusion("a large red fish at the left on a plain blue ground", 2.0)
-    made = diffusion.decode(
-        sample(diffusion.denoiser(1), diffusion.noise(range(1), 0), diffusion.schedule(3)).end,
-    )
+    model = text_to_image.as_model(tiny_sd, "tiny")
     prompt = "a large red fish at the left on a plain blue ground"
+    diffusion = model.conditioned(prompt=prompt, guidance=2.0).diffusion
+    made = diffusion.decode(sample(diffusion.denoiser(1), diffusion.noise(range(1), 0), diffusion.schedule(3)).end)
     expected = model.generate([prompt], [0], num_inference_steps=3, guidance_scale=2.0, latents=diffusion.noise(range(1), 0))
     assert torch.allclose(made, expected, atol=1e-4)
     images = diffusion.decode(diffusion.encode(made))
@@ -113,17 +120,21 @@ def test_a_text_to_image_model_samples_what_its_pipeline_does(tiny_sd: Any) -> N
 @pytest.mark.parametrize("guidance", [0.0, 0.5])
 def test_guidance_that_pipelines_would_ignore_is_refused(tiny_sd: Any, guidance: float) -> None:
     with pytest.raises(ProbekitError, match=f"^--guidance {guidance:g}: text-to-image pipelines are guided from 1"):
-        TextToImage(tiny_sd, name="tiny").diffusion("a dog", guidance)
+        text_to_image.as_model(tiny_sd, "tiny").conditioned(prompt="a dog", guidance=guidance)
 
 
-def test_the_precision_is_part_of_a_run_s_options(tiny_sd: Any, tmp_path: Path) -> None:
+def test_the_precision_is_part_of_a_run_s_inputs_and_of_a_space_s_digest(tiny_sd: Any, tmp_path: Path) -> None:
     tiny_sd.save_pretrained(tmp_path / "sd")
+    digests = set()
     for dtype, expected in (("auto", "float32"), ("bfloat16", "bfloat16")):
-        assert denoising.load(str(tmp_path / "sd"), "cpu", dtype).options["dtype"] == expected
+        run = NoiseMapRun(model=str(tmp_path / "sd"), device="cpu", dtype=dtype)
+        assert run.inputs()["made_of"]["precision"] == expected
+        digests.add(load(tmp_path / "sd", device="cpu", dtype=dtype).space("noise").digest)
+    assert len(digests) == 2
 
 
 def test_a_row_s_noise_depends_on_the_seed_and_its_number_alone(ldm_folder: Path) -> None:
-    diffusion = load_diffusion(str(ldm_folder), device="cpu")[1]
+    diffusion = load(ldm_folder, device="cpu").diffusion
     assert torch.equal(diffusion.noise(range(5), 1)[3:], diffusion.noise(range(3, 5), 1))
     assert not torch.equal(diffusion.noise(range(1), 1), diffusion.noise(range(1), 2))
 
@@ -131,7 +142,7 @@ def test_a_row_s_noise_depends_on_the_seed_and_its_number_alone(ldm_folder: Path
 def test_what_a_model_has_no_use_for_is_refused_in_one_line(ldm_folder: Path, dit_folder: Path, tmp_path: Path) -> None:
     def refused(said: str, path: Any, **options: Any) -> None:
         with pytest.raises(ProbekitError, match=said) as error:
-            load_diffusion(str(path), device="cpu", **options)
+            load(path, device="cpu").conditioned(**options).diffusion  # noqa: B018
         assert "\n" not in str(error.value)
 
     refused("takes none", ldm_folder, prompt="a dog")
@@ -146,7 +157,7 @@ def test_what_a_model_has_no_use_for_is_refused_in_one_line(ldm_folder: Path, di
 
 
 def test_what_overflows_in_half_precision_says_so(ldm_folder: Path) -> None:
-    diffusion = load_diffusion(str(ldm_folder), device="cpu")[1]
+    diffusion = load(ldm_folder, device="cpu").diffusion
     with pytest.raises(ProbekitError, match="not finite; use --dtype float32"):
         diffusion.decode(torch.full((1, 3, 8, 8), float("nan")))
 

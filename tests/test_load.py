@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from probekit import ProbekitError, load
-from probekit.models import Model, ddpm, glow, stylegan2, vae, vqvae
-from probekit.models.ddpm_checkpoints import from_ermon, from_openai, published_scheduler
+from probekit.models import Model
+from probekit.models.families import glow, pixels, stylegan2, vae, vqvae
+from probekit.models.papers.ddpm import from_ermon, from_openai, published_scheduler
 from probekit.zoo.avatar_families import _save_own
 from tests import test_glow
 from tests.conftest import probekit, tiny
@@ -123,7 +124,7 @@ def write(file: Path, content: Any, **options: Any) -> Path:
 
 
 def unet_model(unet: Any, scheduler: Any, told: float = 1.0) -> Model:
-    return ddpm.model(unet, scheduler, "expected", told=told)
+    return pixels.as_model(unet, scheduler, "expected", told=told)
 
 
 Made = tuple[Path, Model]
@@ -132,23 +133,28 @@ Pickled = Callable[..., bytes]
 
 def glow_file(folder: Path, _: Pickled) -> Made:
     network = test_glow.glow(size=64, blocks=2, width=8)
-    return write(folder / "glow.pt", network.state_dict()), glow.model(network, "expected", 64)
+    return write(folder / "glow.pt", network.state_dict()), glow.as_model(network, "expected", 64)
 
 
 def glow_of_data_parallel(folder: Path, _: Pickled) -> Made:
     network = test_glow.glow(size=64, blocks=2, width=8, affine=False, lu=False)
     path = write(folder / "model_000001.pt", prefixed(network.state_dict()), _use_new_zipfile_serialization=False)
-    return path, glow.model(network, "expected", 64)
+    return path, glow.as_model(network, "expected", 64)
 
 
 def vae_of_lightning(folder: Path, _: Pickled) -> Made:
     network = tiny_vae()
     content = {
-        "epoch": 3, "global_step": 100, "pytorch-lightning_version": "1.4.9", "callbacks": {}, "lr_schedulers": [],
+        "epoch": 3,
+        "global_step": 100,
+        "pytorch-lightning_version": "1.4.9",
+        "callbacks": {},
+        "lr_schedulers": [],
         "optimizer_states": [{"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups": [{"seen": {1}}]}],
-        "state_dict": network.state_dict(), "hyper_parameters": argparse.Namespace(**HYPER_PARAMETERS),
-    }  # fmt: skip
-    return write(folder / "vae.ckpt", content), vae.model(network, "expected")
+        "state_dict": network.state_dict(),
+        "hyper_parameters": argparse.Namespace(**HYPER_PARAMETERS),
+    }
+    return write(folder / "vae.ckpt", content), vae.as_model(network, "expected")
 
 
 def ermon_list(folder: Path, _: Pickled) -> Made:
@@ -171,13 +177,13 @@ def guided_pt(folder: Path, _: Pickled) -> Made:
 def ada_pickle(folder: Path, pickled: Pickled) -> Made:
     network = tiny_gan()
     (folder / "network.pkl").write_bytes(pickled(network))
-    return folder / "network.pkl", stylegan2.model(network, "expected")
+    return folder / "network.pkl", stylegan2.as_model(network, "expected")
 
 
 def plain_generator(folder: Path, _: Pickled) -> Made:
     network = tiny_gan()
     save_file(network.state_dict(), folder / "generator.safetensors")
-    return folder / "generator.safetensors", stylegan2.model(network, "expected")
+    return folder / "generator.safetensors", stylegan2.as_model(network, "expected")
 
 
 def unet_folder(folder: Path, _: Pickled) -> Made:
@@ -199,7 +205,7 @@ def ddpm_folder(folder: Path, _: Pickled) -> Made:
 def vq_folder(folder: Path, _: Pickled) -> Made:
     network = tiny_vq()
     network.save_pretrained(folder / "vq")
-    return folder / "vq", vqvae.model(network, "expected")
+    return folder / "vq", vqvae.as_model(network, "expected")
 
 
 def own_folder(family: str) -> Callable[[Path, Pickled], Made]:
@@ -208,7 +214,7 @@ def own_folder(family: str) -> Callable[[Path, Pickled], Made]:
         _save_own(family)(network, folder / family)
         network.half().float()  # which is what the file holds
         made = {"vae": vae, "stylegan2": stylegan2}.get(family)
-        return folder / family, made.model(network, "expected") if made else glow.model(network, "expected", 32)
+        return folder / family, made.as_model(network, "expected") if made else glow.as_model(network, "expected", 32)
 
     return make
 
@@ -217,15 +223,15 @@ FILES = {
     "glow": (glow_file, "glow", ["z", "eps"]),
     "glow, module.": (glow_of_data_parallel, "glow", ["z", "eps"]),
     "vae": (vae_of_lightning, "vae", ["sample", "mean"]),
-    "ddim": (ermon_list, "ddpm", ["inverted", "noised", "h"]),
-    "improved": (improved_pt, "ddpm", ["inverted", "noised", "h"]),
-    "guided": (guided_pt, "ddpm", ["inverted", "noised", "h"]),
+    "ddim": (ermon_list, "ddpm", ["inverted", "noised", "h", "noise"]),
+    "improved": (improved_pt, "ddpm", ["inverted", "noised", "h", "noise"]),
+    "guided": (guided_pt, "ddpm", ["inverted", "noised", "h", "noise"]),
     "ada": (ada_pickle, "stylegan2", ["w", "z", "w+"]),
     "generator": (plain_generator, "stylegan2", ["w", "z", "w+"]),
 }
 FOLDERS = {
-    "UNet2DModel": (unet_folder, "ddpm", ["inverted", "noised", "h"]),
-    "DDPMPipeline": (ddpm_folder, "ddpm", ["inverted", "noised", "h"]),
+    "UNet2DModel": (unet_folder, "ddpm", ["inverted", "noised", "h", "noise"]),
+    "DDPMPipeline": (ddpm_folder, "ddpm", ["inverted", "noised", "h", "noise"]),
     "VQModel": (vq_folder, "vqvae", ["grid", "quantized"]),
     "own vae": (own_folder("vae"), "vae", ["sample", "mean"]),
     "own glow": (own_folder("glow"), "glow", ["z", "eps"]),
@@ -238,24 +244,23 @@ def test_a_model_is_recognised_and_gives_what_its_network_gives(kind: str, tmp_p
     make, family, spaces = (FILES | FOLDERS)[kind]
     path, expected = make(tmp_path, reference)
     model = load(path, device="cpu")
-    assert isinstance(model, Model)
     assert (model.name, model.family, list(model.spaces)) == (str(path), family, spaces)
     assert (model.image_size, model.parameters, model.digest) == (expected.image_size, expected.parameters, expected.digest)
     assert model.network is not None and not model.network.training
     assert {p.dtype for p in model.network.parameters()} == {torch.float32}
     images = torch.rand(2, 3, model.image_size, model.image_size, generator=seeded(1)) * 2 - 1
     compared = 0
-    for name, space in model.spaces.items():
-        other = expected.space(name)
+    # of few steps; on the way from noise rounding grows
+    steps, tolerance = ({"steps": 2}, 1e-4) if family == "ddpm" else ({}, 1e-6)
+    for name in model.spaces:
+        space, other = model.space(name, **steps), expected.space(name, **steps)
         assert space.shape == other.shape
-        if family == "ddpm" and name != "h":  # fifty calls of the network; h is one, at half of the schedule
-            continue
         if space.encoder is not None:
             torch.testing.assert_close(space.encode(images), other.encode(images), rtol=0, atol=1e-6)
             compared += 1
         if space.decoder is not None:
             latents = space.encode(images) if space.encoder is not None else other.sample(2, seeded(2))
-            torch.testing.assert_close(space.decode(latents), other.decode(latents), rtol=0, atol=1e-6)
+            torch.testing.assert_close(space.decode(latents), other.decode(latents), rtol=0, atol=tolerance)
             compared += 1
     assert compared
 
@@ -263,12 +268,11 @@ def test_a_model_is_recognised_and_gives_what_its_network_gives(kind: str, tmp_p
 def test_a_file_that_says_its_image_size_is_taken_at_its_word(tmp_path: Path) -> None:
     path, expected = own_folder("glow")(tmp_path, lambda: b"")
     model = load(path / "model.safetensors", device="cpu")
-    assert isinstance(model, Model)
     assert (model.image_size, model.digest) == (expected.image_size, expected.digest)
 
 
 def test_sets_and_slices_of_every_protocol_and_format_are_read(tmp_path: Path) -> None:
-    from probekit.models.checkpoint import read
+    from probekit.models.papers.checkpoint import read
 
     held = {"set": {1, 2}, "slice": slice(1, 2), "size": torch.Size([2]), "type": torch.float16, "complex": 1j}
     tensors = {"view": torch.arange(10)[::2], "turned": torch.ones(2, 3).T, "none": torch.zeros(0, 3), "one": torch.tensor(3)}
@@ -327,11 +331,17 @@ def test_what_is_no_checkpoint_is_refused(suffix: str, tmp_path: Path) -> None:
     with zipfile.ZipFile(archive, "w") as made:
         made.writestr("word/document.xml", "<xml/>")
     others = {
-        "empty": b"", "text": b"a text,\nof two lines\n", "picture": picture.getvalue(), "archive": archive.getvalue(),
-        "zeros": bytes(100), "half a zip": b"PK\x03\x04", "a number": pickle.dumps(3),
+        "empty": b"",
+        "text": b"a text,\nof two lines\n",
+        "picture": picture.getvalue(),
+        "archive": archive.getvalue(),
+        "zeros": bytes(100),
+        "half a zip": b"PK\x03\x04",
+        "a number": pickle.dumps(3),
         "legacy": b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.",
-        "json": b'{"a": 1}', "list": pickle.dumps([1, [2]]),
-    }  # fmt: skip
+        "json": b'{"a": 1}',
+        "list": pickle.dumps([1, [2]]),
+    }
     for name, content in others.items():
         (tmp_path / f"{name}{suffix}").write_bytes(content)
         refused(tmp_path / f"{name}{suffix}")
@@ -340,10 +350,17 @@ def test_what_is_no_checkpoint_is_refused(suffix: str, tmp_path: Path) -> None:
 def test_other_networks_weights_are_refused(tmp_path: Path) -> None:
     resnet = {"conv1.weight": torch.zeros(4, 3, 7, 7), "layer1.0.bn1.running_mean": torch.zeros(4), "fc.bias": torch.zeros(2)}
     for name, content in {
-        "resnet": resnet, "wrapped": {"state_dict": resnet, "epoch": 3}, "list": [resnet, {}, 3], "odd list": [1, "a", None],
-        "numbered": {0: torch.zeros(2)}, "list of numbered": [{0: torch.zeros(2)}], "tensor": torch.zeros(3), "none": None,
-        "deep": {"state_dict": {"state_dict": resnet}}, "bytes": {b"conv_in.weight": torch.zeros(2)},
-    }.items():  # fmt: skip
+        "resnet": resnet,
+        "wrapped": {"state_dict": resnet, "epoch": 3},
+        "list": [resnet, {}, 3],
+        "odd list": [1, "a", None],
+        "numbered": {0: torch.zeros(2)},
+        "list of numbered": [{0: torch.zeros(2)}],
+        "tensor": torch.zeros(3),
+        "none": None,
+        "deep": {"state_dict": {"state_dict": resnet}},
+        "bytes": {b"conv_in.weight": torch.zeros(2)},
+    }.items():
         refused(write(tmp_path / f"{name}.pt", content), "holds none of")
     save_file(resnet, tmp_path / "resnet.safetensors")
     refused(tmp_path / "resnet.safetensors", "holds none of")
@@ -613,12 +630,8 @@ BOMBS: dict[str, bytes] = {
     "written out by numpy.pkl": whole(call("numpy", "dtype", nested_lists(24))),
     "inflated.pt": zip_format(under("a", tensor(storage(2**28), (2**28,), (1,))), {"0": bytes(2**30)}, zipfile.ZIP_DEFLATED),
     "legacy storage.pt": legacy_format(under("a", tensor(storage(2**30, "FloatStorage", None), (2**30,), (1,)))),
-    "legacy tensor.pt": legacy_format(
-        under("a", tensor(storage(4, "FloatStorage", None), (2**30,), (1,))), {"0": bytes(16)}
-    ),
-    "a tensor of one value.pt": zip_format(
-        under("enc.in_conv.weight", tensor(storage(4), (2**40,), (0,))), {"0": bytes(16)}
-    ),
+    "legacy tensor.pt": legacy_format(under("a", tensor(storage(4, "FloatStorage", None), (2**30,), (1,))), {"0": bytes(16)}),
+    "a tensor of one value.pt": zip_format(under("enc.in_conv.weight", tensor(storage(4), (2**40,), (0,))), {"0": bytes(16)}),
     # methods of torch's and of containers, replaced
     "items.pkl": whole(call("collections", "OrderedDict") + under("items", plain(5)) + b"b"),
     # files
@@ -626,10 +639,12 @@ BOMBS: dict[str, bytes] = {
         tuple_of(
             plain("module"),
             name("torch._utils", "_rebuild_tensor_v2") + b"N" + plain({"dump_patches": True, "__name__": "written"}) + b"\x86b",
-            plain("x.py"), plain("a line\n"),
-        ) + b"Q"
+            plain("x.py"),
+            plain("a line\n"),
+        )
+        + b"Q"
     ),
-}  # fmt: skip
+}
 
 
 def ones(*shape: int) -> Tensor:
@@ -638,15 +653,18 @@ def ones(*shape: int) -> Tensor:
 
 FIRST = "blocks.0.flows.0."
 GLOW = {
-    f"{FIRST}actnorm.loc": ones(1, 12, 1, 1), f"{FIRST}coupling.net.0.weight": ones(4, 6, 3, 3),
+    f"{FIRST}actnorm.loc": ones(1, 12, 1, 1),
+    f"{FIRST}coupling.net.0.weight": ones(4, 6, 3, 3),
     f"{FIRST}coupling.net.4.conv.weight": ones(12, 4, 3, 3),
-}  # fmt: skip
+}
 TWO = {"enc_block_str": "4d4,4t1", "enc_channel_str": "4:4,1:4", "dec_block_str": "1u4,1t4", "dec_channel_str": "4:4,1:4"}
 VAE = {"enc.in_conv.weight": ones(1), "enc.mu.weight": ones(1), "dec.last_conv.weight": ones(1)}
 GAN = {
-    "synthesis.b4.const": ones(1), "mapping.w_avg": ones(1), "synthesis.b4.torgb.weight": ones(3, 1, 1, 1),
+    "synthesis.b4.const": ones(1),
+    "mapping.w_avg": ones(1),
+    "synthesis.b4.torgb.weight": ones(3, 1, 1, 1),
     "mapping.fc0.weight": ones(4, 4),
-} | {f"synthesis.b{4 * 2**i}.conv1.weight": ones(1, 1, 1, 1) for i in range(4)}  # fmt: skip
+} | {f"synthesis.b{4 * 2**i}.conv1.weight": ones(1, 1, 1, 1) for i in range(4)}
 ERMON = {"temb.dense.0.weight": ones(128, 32), "conv_in.weight": ones(32, 3, 3, 3), "conv_out.weight": ones(3, 32, 3, 3)}
 OPENAI = openai_state((32, 64), (False, True), scale_shift=True)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from probekit import ProbekitError, hooks, load
-from probekit.models import TextToImage
+from probekit.models.families import text_to_image
 from probekit.zoo.scene_clip import tokenizer
 from tests.conftest import scramble, tiny_vae
 
@@ -21,9 +21,17 @@ def clip_text(projection: bool) -> Any:
     words = tokenizer()
     end = words.eos_token_id
     config = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        projection_dim=8, max_position_embeddings=77, eos_token_id=end, pad_token_id=end, bos_token_id=words.bos_token_id,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=8,
+        max_position_embeddings=77,
+        eos_token_id=end,
+        pad_token_id=end,
+        bos_token_id=words.bos_token_id,
+    )
     return scramble((CLIPTextModelWithProjection if projection else CLIPTextModel)(config))
 
 
@@ -44,55 +52,106 @@ def sdxl() -> Any:
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=32, attention_head_dim=2,
-        norm_num_groups=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time", addition_time_embed_dim=4,
+        sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=32,
-    )  # fmt: skip
+    )
     return StableDiffusionXLPipeline(
-        vae=tiny_vae(), text_encoder=clip_text(False), text_encoder_2=clip_text(True), tokenizer=words(), tokenizer_2=words(),
-        unet=scramble(unet), scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
-    )  # fmt: skip
+        vae=tiny_vae(),
+        text_encoder=clip_text(False),
+        text_encoder_2=clip_text(True),
+        tokenizer=words(),
+        tokenizer_2=words(),
+        unet=scramble(unet),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+    )
 
 
 def sd3() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     transformer = SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4, pos_embed_max_size=16,
-    )  # fmt: skip
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=16,
+    )
     return StableDiffusion3Pipeline(
-        transformer=scramble(transformer), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=tiny_vae(),
-        text_encoder=clip_text(True), tokenizer=words(), text_encoder_2=clip_text(True), tokenizer_2=words(),
-        text_encoder_3=t5(32), tokenizer_3=words(),
-    )  # fmt: skip
+        transformer=scramble(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(),
+        text_encoder=clip_text(True),
+        tokenizer=words(),
+        text_encoder_2=clip_text(True),
+        tokenizer_2=words(),
+        text_encoder_3=t5(32),
+        tokenizer_3=words(),
+    )
 
 
 def flux() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6), guidance_embeds=False,
-    )  # fmt: skip
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 6, 6),
+        guidance_embeds=False,
+    )
     return FluxPipeline(
-        transformer=scramble(transformer), scheduler=FlowMatchEulerDiscreteScheduler(), vae=tiny_vae(),
-        text_encoder=clip_text(False), tokenizer=words(), text_encoder_2=t5(32), tokenizer_2=words(),
-    )  # fmt: skip
+        transformer=scramble(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=tiny_vae(),
+        text_encoder=clip_text(False),
+        tokenizer=words(),
+        text_encoder_2=t5(32),
+        tokenizer_2=words(),
+    )
 
 
 def pixart() -> Any:
     from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 
     transformer = PixArtTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=16,
-        cross_attention_dim=16, caption_channels=32, norm_num_groups=4, use_additional_conditions=False,
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=16,
+        cross_attention_dim=16,
+        caption_channels=32,
+        norm_num_groups=4,
+        use_additional_conditions=False,
+    )
     return PixArtAlphaPipeline(
-        tokenizer=words(), text_encoder=t5(32), vae=tiny_vae(), transformer=scramble(transformer),
+        tokenizer=words(),
+        text_encoder=t5(32),
+        vae=tiny_vae(),
+        transformer=scramble(transformer),
         scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("family", [sdxl, sd3, flux, pixart])
@@ -127,7 +186,7 @@ def test_a_safety_checker_blacks_nothing_out(tiny_sd: Any) -> None:
     parts["feature_extractor"] = lambda images, return_tensors: None
     pipeline = StableDiffusionPipeline(**tiny_sd.components)
     pipeline.safety_checker = parts["safety_checker"]
-    model = TextToImage(pipeline, name="own")
+    model = text_to_image.as_model(pipeline, "own")
     assert model.pipeline.safety_checker is None
     assert model.generate([RED], [0], num_inference_steps=1).shape == (1, 3, 32, 32)
 
@@ -140,11 +199,11 @@ def test_devices_and_dtypes_that_are_not_here_are_refused(tmp_path: Path) -> Non
 
 
 def test_the_digest_tells_models_apart_and_knows_the_same_again(tiny_sd: Any) -> None:
-    first, again = TextToImage(tiny_sd, name="a"), TextToImage(tiny_sd, name="b")
+    first, again = text_to_image.as_model(tiny_sd, "a"), text_to_image.as_model(tiny_sd, "b")
     assert first.digest == again.digest
     before = tiny_sd.unet.conv_out.bias.data.clone()
     tiny_sd.unet.conv_out.bias.data += 0.1
     try:
-        assert TextToImage(tiny_sd, name="c").digest != first.digest
+        assert text_to_image.as_model(tiny_sd, "c").digest != first.digest
     finally:
         tiny_sd.unet.conv_out.bias.data = before

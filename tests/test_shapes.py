@@ -20,7 +20,7 @@ from probekit import hooks
 from probekit.latents.space import LatentSpace
 from probekit.metrics.distributions import frechet
 from probekit.metrics.lpips import distances
-from probekit.models.glow import ActNorm
+from probekit.models.families.glow import ActNorm
 from tests import shapes
 
 
@@ -66,7 +66,7 @@ def test_a_wrong_shape_is_refused_in_functions_methods_and_data_classes() -> Non
 
 def test_a_wrong_kind_of_array_is_refused_and_each_of_several_is_taken() -> None:
     with pytest.raises(TypeCheckError, match="parameter 'latents'"):
-        LatentSpace("a", "z", (2,), "for tests", decoder=lambda z: z).decode(torch.zeros(1, 2, dtype=torch.int64))
+        LatentSpace("z", (2,), "for tests", decoder=lambda z: z).decode(torch.zeros(1, 2, dtype=torch.int64))
     assert frechet(np.eye(4), torch.eye(4)) == pytest.approx(0, abs=1e-9)
 
 

@@ -12,13 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from probekit.hooks.errors import ProbekitError
-from probekit.models import checkpoint, stylegan2
-from probekit.models.stylegan2 import Discriminator, Generator
+from probekit.models.families import stylegan2
+from probekit.models.families.stylegan2 import Discriminator, Generator
+from probekit.models.papers import checkpoint, stylegan2_ada
 from tests.conftest import SOURCE, golden
 
 SMALL: dict[str, Any] = {
-    "z_dim": 12, "w_dim": 16, "image_size": 16, "mapping_layers": 2, "channels": [10, 8, 6], "conv_clamp": 256.0, "c_dim": 0,
-}  # fmt: skip
+    "z_dim": 12,
+    "w_dim": 16,
+    "image_size": 16,
+    "mapping_layers": 2,
+    "channels": [10, 8, 6],
+    "conv_clamp": 256.0,
+    "c_dim": 0,
+}
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -42,15 +49,15 @@ def network(**changes: Any) -> Generator:
 @torch.no_grad()
 def test_the_networks_give_what_the_reference_gives() -> None:
     state, case, _ = golden("stylegan2_ada")
-    assert stylegan2.matches(state)
-    made = stylegan2.build(stylegan2.config_of(state)).eval()
+    assert stylegan2.is_state(state)
+    made = Generator(**stylegan2.config_of(state)).eval()
     made.load_state_dict(state)
     assert torch.allclose(made.mapping(case["z"]), case["ws"], atol=1e-5)
     assert torch.allclose(made.mapping(case["z"], 0.7), case["ws_truncated_0.7"], atol=1e-5)
     for noise in ("const", "none"):
         images = made(case["z"], noise=noise)
         assert torch.allclose(images, case[f"image_noise_{noise}"], atol=2e-5)
-    w = stylegan2.model(made, "own").space("w")
+    w = stylegan2.as_model(made, "own").space("w")
     assert torch.allclose(w.decode(case["ws"][:, 0]), case["image_noise_const"].clamp(-1, 1), atol=2e-5)
 
 
@@ -65,8 +72,8 @@ def test_an_ada_pickle_gives_the_images_of_the_network_in_it(
 ) -> None:
     original = network()
     content = checkpoint.read(write(tmp_path / "network.pkl", reference(original, protocol=protocol)))
-    assert stylegan2.matches(content)
-    loaded = stylegan2.from_ada(content, "faces")
+    assert stylegan2_ada.matches(content)
+    loaded = stylegan2_ada.from_ada(content, "faces")
     assert (loaded.name, loaded.family, loaded.image_size) == ("faces", "stylegan2", 16)
     state, expected = loaded.network.state_dict(), original.state_dict()
     assert state.keys() == expected.keys()
@@ -75,13 +82,13 @@ def test_an_ada_pickle_gives_the_images_of_the_network_in_it(
     with torch.no_grad():
         images = original(z)
     assert torch.equal(loaded.space("z").decode(z), images.clamp(-1, 1))
-    assert loaded.digest == stylegan2.model(original, "other").digest
+    assert loaded.digest == stylegan2.as_model(original, "other").digest
 
 
 @pytest.mark.parametrize("clamp", [None, 0.02])
 def test_the_clamp_of_a_pickle_is_kept(reference: Callable[..., bytes], tmp_path: Path, clamp: float | None) -> None:
     original = network(conv_clamp=clamp)
-    loaded = stylegan2.from_ada(checkpoint.read(write(tmp_path / "n.pkl", reference(original, clamp=clamp))), "n")
+    loaded = stylegan2_ada.from_ada(checkpoint.read(write(tmp_path / "n.pkl", reference(original, clamp=clamp))), "n")
     z = torch.randn(2, 12, generator=seeded(1))
     with torch.no_grad():
         images = original(z)
@@ -96,8 +103,8 @@ def test_the_source_in_a_pickle_never_runs(reference: Callable[..., bytes], tmp_
     exec(source, {})  # it does what it is feared to do
     marker.unlink()
     content = checkpoint.read(write(tmp_path / "network.pkl", reference(network(), source=source)))
-    stylegan2.from_ada(content, "faces").space().sample(1, seeded(0))
-    assert stylegan2.matches(content)
+    stylegan2_ada.from_ada(content, "faces").space().sample(1, seeded(0))
+    assert stylegan2_ada.matches(content)
     assert not marker.exists()
 
 
@@ -160,15 +167,15 @@ def test_a_pickle_of_another_generator_is_refused_in_one_line(
 ) -> None:
     content = checkpoint.read(write(tmp_path / "n.pkl", reference(network(), change=change)))
     with pytest.raises(ProbekitError, match=f"model 'faces'.*{says}") as error:
-        stylegan2.from_ada(content, "faces")
+        stylegan2_ada.from_ada(content, "faces")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("content", [{}, {"G_ema": None}, {"G_ema": {"state": {}}}, {"state_dict": {}}, [1], None])
 def test_what_is_no_stylegan2_is_not_taken_for_one(content: Any) -> None:
-    assert not stylegan2.matches(content)
+    assert not stylegan2_ada.matches(content) and not stylegan2.is_state(content)
     with pytest.raises(ProbekitError, match=r"model 'x'.*G_ema"):
-        stylegan2.from_ada(content, "x")
+        stylegan2_ada.from_ada(content, "x")
 
 
 def test_a_pickle_that_holds_itself_is_refused() -> None:
@@ -176,7 +183,7 @@ def test_a_pickle_that_holds_itself_is_refused() -> None:
     item = type("X", (checkpoint.Foreign,), {"name": "torch_utils.persistence._reconstruct_persistent_obj"})(meta)
     meta["state"]["_modules"] = dict.fromkeys(("synthesis", "b4", "conv1", "mapping", "fc0"), item)
     with pytest.raises(ProbekitError, match="'G_ema' is no StyleGAN2 generator"):
-        stylegan2.from_ada({"G_ema": item}, "x")
+        stylegan2_ada.from_ada({"G_ema": item}, "x")
 
 
 @pytest.mark.parametrize(
@@ -187,10 +194,10 @@ def test_a_pickle_that_holds_itself_is_refused() -> None:
     ],
 )
 def test_the_config_is_read_from_the_weights(config: dict[str, Any]) -> None:
-    state = stylegan2.build(config).state_dict()
-    assert stylegan2.matches(state)
+    state = Generator(**config).state_dict()
+    assert stylegan2.is_state(state)
     assert stylegan2.config_of(state) == config
-    stylegan2.build(stylegan2.config_of(state)).load_state_dict(state)
+    Generator(**stylegan2.config_of(state)).load_state_dict(state)
 
 
 def test_weights_that_are_no_rgb_generator_are_refused() -> None:
@@ -247,11 +254,11 @@ def test_noise_is_none_fixed_or_drawn_from_the_generator() -> None:
 
 
 def test_the_spaces_agree() -> None:
-    model = stylegan2.model(network().train(), "gan")
+    model = stylegan2.as_model(network().train(), "gan")
     before = model.network.mapping.w_avg.clone()
     assert list(model.spaces) == ["w", "z", "w+"]
     w, z, each = (model.space(name) for name in ("w", "z", "w+"))
-    assert model.space() is w
+    assert model.space().name == "w" and model.space().digest == w.digest
     assert (w.shape, z.shape, each.shape) == ((16,), (12,), (6, 16))
     drawn = {space.name: space.sample(3, seeded(2)) for space in (w, z, each)}
     images = w.decode(drawn["w"])
@@ -270,7 +277,7 @@ def test_the_spaces_agree() -> None:
 
 
 def test_a_gan_cannot_encode() -> None:
-    model = stylegan2.model(network(), "gan")
+    model = stylegan2.as_model(network(), "gan")
     for space in model.spaces.values():
         with pytest.raises(ProbekitError, match=r"space 'gan:.*cannot encode") as error:
             space.encode(torch.zeros(1, 3, 16, 16))

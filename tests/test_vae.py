@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from probekit.hooks.errors import ProbekitError
-from probekit.models import checkpoint, random, vae, vqvae
+from probekit.models.families import random, vae, vqvae
+from probekit.models.papers import checkpoint, diffusevae
 from tests.conftest import golden
 
 PLAN = {
@@ -24,7 +25,12 @@ PLAN = {
     "dec_channels": "16:8,8:16,4:16,1:12",
     "input_size": 16,
 }
-STRINGS = {"enc_blocks": "enc_block_str", "enc_channels": "enc_channel_str", "dec_blocks": "dec_block_str", "dec_channels": "dec_channel_str"}  # fmt: skip  # noqa: E501
+STRINGS = {
+    "enc_blocks": "enc_block_str",
+    "enc_channels": "enc_channel_str",
+    "dec_blocks": "dec_block_str",
+    "dec_channels": "dec_channel_str",
+}
 HYPER_PARAMETERS = {theirs: PLAN[ours] for ours, theirs in STRINGS.items()} | {"input_res": 16, "alpha": 1.0, "lr": 1e-4}
 
 
@@ -51,7 +57,7 @@ def network() -> vae.VAE:
 
 def test_vae_equals_the_reference():
     state, values, _ = golden("diffusevae")
-    model = vae.from_diffusevae(state, "golden")
+    model = diffusevae.from_diffusevae(state, "golden")
     images = values["x"] * 2 - 1
     with torch.no_grad():
         mean, log_variance = model.network.encode(images)
@@ -96,7 +102,7 @@ def test_plan_survives_the_tensors(plan):
 
 
 def test_spaces(network):
-    model, images = vae.model(network, "small"), pictures(3)
+    model, images = vae.as_model(network, "small"), pictures(3)
     assert (model.family, model.image_size, list(model.spaces)) == ("vae", 16, ["sample", "mean"])
     assert model.space().name == "sample"
     with torch.no_grad():
@@ -122,7 +128,7 @@ def test_spaces(network):
 
 def test_images_of_another_size_are_refused(network):
     with pytest.raises(ProbekitError, match=r"\(3, 32, 32\): the VAE takes \(3, 16, 16\)"):
-        vae.model(network, "small").space().encode(pictures(1, 32))
+        vae.as_model(network, "small").space().encode(pictures(1, 32))
 
 
 def test_vae_loss_is_the_reference_objective_a_mean_over_images(network):
@@ -228,25 +234,27 @@ def test_lightning_checkpoint(tmp_path, network, lightning, kind, prefix):
     lightning.remove()
 
     read = checkpoint.read(tmp_path / "vae.ckpt")
-    assert vae.matches(read)
-    model = vae.from_diffusevae(read, "celeba")
+    assert diffusevae.matches(read)
+    model = diffusevae.from_diffusevae(read, "celeba")
     images = pictures(2)
-    assert torch.equal(model.space("mean").encode(images), vae.model(network, "").space("mean").encode(images))
+    assert torch.equal(model.space("mean").encode(images), vae.as_model(network, "").space("mean").encode(images))
     code = torch.randn(2, 12, generator=seeded())
-    assert torch.equal(model.space().decode(code), vae.model(network, "").space().decode(code))
+    assert torch.equal(model.space().decode(code), vae.as_model(network, "").space().decode(code))
 
 
 def test_bare_state_in_safetensors(tmp_path, network):
     save_file(network.state_dict(), tmp_path / "vae.safetensors")
     read = checkpoint.read(tmp_path / "vae.safetensors")
-    assert vae.matches(read)
-    assert vae.from_diffusevae(read, "bare").digest == vae.model(network, "x").digest
+    assert diffusevae.matches(read)
+    assert diffusevae.from_diffusevae(read, "bare").digest == vae.as_model(network, "x").digest
 
 
 def test_plan_that_nothing_tells_is_refused():
     odd = vae.VAE(**PLAN | {"dec_blocks": "1x1,1u2,1u2,1t4,4u2,4t8,8x2,8u2,8t16,16x1"})
-    with pytest.raises(ProbekitError, match=r"model 'odd': the plan cannot be told .* hyper_parameters lacks one of enc_block_str") as error:  # fmt: skip  # noqa: E501
-        vae.from_diffusevae({"state_dict": odd.state_dict()}, "odd")
+    with pytest.raises(
+        ProbekitError, match=r"model 'odd': the plan cannot be told .* hyper_parameters lacks one of enc_block_str"
+    ) as error:
+        diffusevae.from_diffusevae({"state_dict": odd.state_dict()}, "odd")
     assert one_line(error)
 
 
@@ -257,7 +265,7 @@ def test_incomplete_tensors_are_refused(network, hyper_parameters):
     with pytest.raises(
         ProbekitError, match=r"model 'cut': tensor 'enc.block_mod.0.c3.bias' is None, its plan says \(8,\)"
     ) as error:
-        vae.from_diffusevae({"state_dict": state, "hyper_parameters": hyper_parameters}, "cut")
+        diffusevae.from_diffusevae({"state_dict": state, "hyper_parameters": hyper_parameters}, "cut")
     assert one_line(error)
 
 
@@ -265,7 +273,7 @@ def test_incomplete_tensors_are_refused(network, hyper_parameters):
     "content", [None, [], {}, {"state_dict": None}, {"state_dict": {"enc.in_conv.weight": torch.zeros(1)}}, {"epoch": 1}]
 )
 def test_other_files_do_not_match(content):
-    assert not vae.matches(content)
+    assert not diffusevae.matches(content)
 
 
 # --- the VQ-VAE
@@ -296,7 +304,7 @@ def vq():
 
 
 def test_vqvae_spaces(vq):
-    model, images = vqvae.model(vq, "vq"), pictures(4)
+    model, images = vqvae.as_model(vq, "vq"), pictures(4)
     assert (model.family, model.image_size, list(model.spaces)) == ("vqvae", 16, ["grid", "quantized"])
     grid, quantized = (model.space(name).encode(images) for name in ("grid", "quantized"))
     assert model.space().name == "grid"
@@ -323,21 +331,21 @@ def test_vqvae_spaces(vq):
 
 def test_vqvae_has_no_prior(vq):
     with pytest.raises(ProbekitError, match="'vq:grid': has no prior"):
-        vqvae.model(vq, "vq").space().sample(1, seeded())
+        vqvae.as_model(vq, "vq").space().sample(1, seeded())
 
 
 def test_vqvae_at_another_size(vq):
-    model = vqvae.model(vq, "vq", 32)
+    model = vqvae.as_model(vq, "vq", 32)
     assert model.space().encode(pictures(1, 32)).shape[1:] == model.space().shape == (3, 16, 16)
     with pytest.raises(ProbekitError, match=r"\(3, 16, 16\): model 'vq' takes \(3, 32, 32\)"):
         model.space().encode(pictures(1, 16))
     with pytest.raises(ProbekitError, match="17 pixels; it takes multiples of 2"):
-        vqvae.model(vq, "vq", 17)
+        vqvae.as_model(vq, "vq", 17)
 
 
 def test_vqvae_of_other_channels_is_refused():
     with pytest.raises(ProbekitError, match="model 'grey': takes 1 and gives 1 channels") as error:
-        vqvae.model(tiny_vq(in_channels=1, out_channels=1), "grey")
+        vqvae.as_model(tiny_vq(in_channels=1, out_channels=1), "grey")
     assert one_line(error)
 
 
@@ -346,7 +354,7 @@ def test_vqvae_of_other_channels_is_refused():
     [{}, {"norm_type": "spatial", "block_out_channels": (32, 32)}, {"lookup_from_codebook": True}, {"vq_embed_dim": 5}],
 )
 def test_both_spaces_decode_alike_whatever_the_config(options):
-    model, images = vqvae.model(tiny_vq(**options), "vq"), pictures(2)
+    model, images = vqvae.as_model(tiny_vq(**options), "vq"), pictures(2)
     grid, quantized = (space.decode(space.encode(images)) for space in model.spaces.values())
     torch.testing.assert_close(grid, quantized, atol=1e-5, rtol=1e-5)
 
@@ -359,7 +367,7 @@ def test_vqvae_folder(tmp_path, vq, part):
             json.dumps({"_class_name": "LDMPipeline", "vqvae": ["diffusers", "VQModel"]})
         )
     model = vqvae.load_folder(tmp_path, "saved")
-    assert model.digest == vqvae.model(vq, "x").digest
+    assert model.digest == vqvae.as_model(vq, "x").digest
     assert model.image_size == 16
 
 
@@ -371,7 +379,7 @@ def test_vqvae_folder_with_the_names_of_old_diffusers(tmp_path, vq):
         state = {key.replace(f".{new}.", f".{name}."): value for key, value in state.items()}
     assert sum(".proj_attn." in key for key in state) == 4
     save_file(state, file, {"format": "pt"})
-    assert vqvae.load_folder(tmp_path, "old").digest == vqvae.model(vq, "x").digest
+    assert vqvae.load_folder(tmp_path, "old").digest == vqvae.as_model(vq, "x").digest
 
 
 def test_other_folders_are_refused(tmp_path, vq):
@@ -458,13 +466,13 @@ def test_vqvae_learns():
 
 
 def test_random_vectors_depend_on_the_image_alone():
-    space, images = random.model(16).space(), pictures(6)
+    space, images = random.as_model().space(), pictures(6)
     vectors = space.encode(images, seeded(0))
     assert vectors.shape == (6, 512)
     assert vectors.dtype == torch.float32
     assert torch.equal(space.encode(images.flip(0), seeded(1)).flip(0), vectors)
     assert torch.equal(torch.cat([space.encode(image[None]) for image in images]), vectors)
-    assert torch.equal(random.model(16, name="other").space().encode(images), vectors)
+    assert torch.equal(random.as_model(name="other").space().encode(images), vectors)
     # what writing to a PNG loses makes no difference, one byte does
     rounded = ((images + 1) * 127.5).round() / 127.5 - 1
     assert torch.equal(space.encode(rounded), vectors)
@@ -476,13 +484,13 @@ def test_random_vectors_depend_on_the_image_alone():
 def test_random_vectors_are_the_same_in_every_process():
     white = torch.ones(1, 3, 4, 4)
     expected = torch.tensor([[-0.43254683, 0.38368974, -1.25789052, -0.02390325]])
-    torch.testing.assert_close(random.model(4, size=4).space().encode(white), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(random.as_model(size=4).space().encode(white), expected, atol=1e-6, rtol=0)
 
 
 def test_random_vectors_are_standard_normal():
     from scipy.stats import kstest
 
-    vectors = random.model(8, size=64).space().encode(pictures(2000, 8))
+    vectors = random.as_model(size=64).space().encode(pictures(2000, 8))
     assert vectors.mean(0).abs().max() < 5 / 2000**0.5
     assert (torch.cov(vectors.T) - torch.eye(64)).abs().max() < 0.16  # 5 standard errors of a variance
     # over 200 other sets of images the p-values are uniform, as they should be; this set's is a rare 0.001
@@ -495,7 +503,7 @@ def test_probe_on_random_vectors_is_at_chance():
     images = pictures(1200, 8) * 0.2
     labels = np.arange(1200) % 2
     images += torch.from_numpy(labels - 0.5).float()[:, None, None, None]  # dark and bright
-    vectors = random.model(8, size=64).space().encode(images).numpy()
+    vectors = random.as_model(size=64).space().encode(images).numpy()
     pixels = images.flatten(1).numpy()
     score = {
         name: LogisticRegression(max_iter=200).fit(x[:600], labels[:600]).score(x[600:], labels[600:])
@@ -506,8 +514,8 @@ def test_probe_on_random_vectors_is_at_chance():
 
 
 def test_random_encoder_is_no_decoder():
-    model = random.model(16, size=8)
-    assert (model.family, model.image_size, model.network, model.parameters) == ("random", 16, None, 0)
+    model = random.as_model(size=8)
+    assert (model.family, model.image_size, model.network, model.parameters) == ("random", None, None, 0)
     with pytest.raises(ProbekitError, match="'random:normal': cannot decode") as error:
         model.space("normal").decode(torch.zeros(1, 8))
     assert one_line(error)

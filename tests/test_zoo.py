@@ -13,18 +13,20 @@ import pytest
 import torch
 
 from probekit import hooks, load
+from probekit.bundled import GUIDANCE, MODELS, WEIGHTS
 from probekit.data.scenes import all_scenes, labels, sample_scenes
 from probekit.hooks.errors import ProbekitError
+from probekit.metrics import readers
 from probekit.metrics.roles import NO_ROLE, roles, summarise
-from probekit.bundled import GUIDANCE, WEIGHTS, weights
-from probekit.zoo import scene_clip, scene_reader
+from probekit.zoo import avatar_families, avatar_reader, mini_sd, recipes, scene_clip, scene_reader, scene_vae
 from probekit.zoo.training import Schedule, train
 from tests.conftest import probekit, process
 
 TRAINING = """
 import sys, torch
 from pathlib import Path
-from probekit.zoo.scene_reader import SceneReader, loss
+from probekit.metrics.readers import SceneReader
+from probekit.zoo.scene_reader import loss
 from probekit.zoo.training import Schedule, train
 torch.manual_seed(0)
 schedule = Schedule(steps=24, learning_rate=1e-3, warmup=4, ema=0.9, bfloat16=sys.argv[2] == "bfloat16")
@@ -88,6 +90,39 @@ def test_a_checkpoint_of_another_training_or_a_damaged_one_is_refused_in_one_lin
         train(torch.nn.Linear(2, 2), loss, schedule, checkpoint=file)
 
 
+@pytest.mark.slow
+def test_every_recipe_starts_and_what_it_writes_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = Schedule(steps=2, learning_rate=1e-3, warmup=1)
+    for module, names in {
+        scene_reader: ["SCHEDULE"],
+        scene_clip: ["SCHEDULE"],
+        scene_vae: ["WINDOWS", "WHOLE"],
+        mini_sd: ["SCHEDULE"],
+        avatar_reader: ["SCHEDULE"],
+    }.items():
+        for name in names:
+            monkeypatch.setattr(module, name, short)
+        if hasattr(module, "BATCH"):
+            monkeypatch.setattr(module, "BATCH", 4)
+    families = {name: replace(f, schedule=short, batch=4, keep=(1,)) for name, f in avatar_families.FAMILIES.items()}
+    monkeypatch.setattr(avatar_families, "FAMILIES", families)
+    few = all_scenes()[::500]
+    monkeypatch.setattr(mini_sd, "split", lambda held_out: few)
+    for name, recipe in recipes.RECIPES.items():
+        recipe.train(tmp_path / name, tmp_path / "checkpoints", 0)
+        if name in MODELS:
+            made = load(tmp_path / name, device="cpu")
+            assert (made.family, made.image_size) == (load(name, device="cpu").family, 32)
+            assert load(tmp_path / name / "step-000001", device="cpu").family == made.family
+    assert load(tmp_path / "mini-sd", device="cpu").generate(["a"], [0], num_inference_steps=1).shape == (1, 3, 64, 64)
+    monkeypatch.setattr(readers, "weights", lambda name: tmp_path / name)
+    for reader in (readers.scene_reader, readers.avatar_reader):
+        assert all(torch.isfinite(p).all() for p in reader.__wrapped__().parameters())
+    assert recipes.find("avatar-vae").about
+    with pytest.raises(ProbekitError, match="zoo model 'avatar-vea': there is none; avatar-vae"):
+        recipes.find("avatar-vea")
+
+
 def test_all_weights_together_stay_below_90_mib() -> None:
     assert 0 < sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) < 90 * 2**20
 
@@ -113,7 +148,7 @@ def test_the_scene_clip_tells_captions_apart() -> None:
 
 def test_mini_sd_paints_what_its_caption_says() -> None:
     """On 60 captions that training never saw, to within three standard errors of the bars that `zoo evaluate` prints."""
-    model, reader = load("mini-sd", device="cpu"), scene_reader.load(weights("scene-reader"))
+    model, reader = load("mini-sd", device="cpu"), readers.scene_reader()
     scenes = sample_scenes(60, torch.Generator().manual_seed(9), held_out=True)
     images = model.generate([s.caption for s in scenes], range(60), num_inference_steps=20, guidance_scale=GUIDANCE["mini-sd"])
     assert images.shape == (60, 3, 64, 64) and images.min() >= -1 and images.max() <= 1
@@ -167,8 +202,21 @@ def test_roles_of_mini_sd_agree_between_two_halves_of_the_pairs(swept: Path) -> 
 
 
 def test_the_same_seed_gives_the_same_bytes_in_every_process(tmp_path: Path) -> None:
-    sweep = ["inject", "sweep", "--pairs", "1", "--factors", "structure", "--num-steps", "5", "--layers", "mid_block.*",
-             "--layers", "up_blocks.1.resnets.*", "--out"]  # fmt: skip
+    sweep = [
+        "inject",
+        "sweep",
+        "--pairs",
+        "1",
+        "--factors",
+        "structure",
+        "--num-steps",
+        "5",
+        "--layers",
+        "mid_block.*",
+        "--layers",
+        "up_blocks.1.resnets.*",
+        "--out",
+    ]
     done = probekit(*sweep, "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with process(*sweep, "there", cwd=tmp_path) as run:

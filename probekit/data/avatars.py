@@ -26,8 +26,8 @@ from PIL import Image
 from torch import Tensor
 
 from probekit.data.dataset import no_captions
-from probekit.hooks.errors import ProbekitError
 from probekit.files import write_whole
+from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,48 +39,81 @@ TRAIN, TEST = 20_000, 10_000
 # for each part: value -> (how often it is drawn, the attributes that it gives); names of CelebA's mean what they mean there
 _PARTS: dict[str, dict[str, tuple[float, tuple[str, ...]]]] = {
     "background": {
-        "#b6e3f4": (3, ("Blue_Background",)), "#ffd5dc": (2, ()), "#ffdfbf": (2, ()), "#d8f0c8": (2, ()),
+        "#b6e3f4": (3, ("Blue_Background",)),
+        "#ffd5dc": (2, ()),
+        "#ffdfbf": (2, ()),
+        "#d8f0c8": (2, ()),
     },
     "skin": {
-        "#ffdbb4": (3, ("Pale_Skin",)), "#edb98a": (3, ()), "#d08b5b": (2, ()), "#ae5d29": (2, ("Dark_Skin",)),
+        "#ffdbb4": (3, ("Pale_Skin",)),
+        "#edb98a": (3, ()),
+        "#d08b5b": (2, ()),
+        "#ae5d29": (2, ("Dark_Skin",)),
         "#614335": (2, ("Dark_Skin",)),
     },
     "top": {
-        "none": (2, ("Bald",)), "sides": (2, ("Receding_Hairline",)), "shortFlat": (3, ()), "shortRound": (2, ()),
-        "shortCurly": (2, ("Wavy_Hair",)), "fro": (1, ("Wavy_Hair",)), "dreads": (1, ("Long_Hair",)),
-        "curvy": (2, ("Long_Hair", "Wavy_Hair")), "straight02": (2, ("Long_Hair", "Straight_Hair")),
-        "bob": (2, ("Long_Hair", "Straight_Hair")), "straightAndStrand": (2, ("Long_Hair", "Straight_Hair", "Bangs")),
-        "miaWallace": (2, ("Long_Hair", "Straight_Hair", "Bangs")), "hat": (2, ("Wearing_Hat",)),
-        "winterHat02": (2, ("Wearing_Hat",)), "turban": (1, ("Wearing_Hat",)),
+        "none": (2, ("Bald",)),
+        "sides": (2, ("Receding_Hairline",)),
+        "shortFlat": (3, ()),
+        "shortRound": (2, ()),
+        "shortCurly": (2, ("Wavy_Hair",)),
+        "fro": (1, ("Wavy_Hair",)),
+        "dreads": (1, ("Long_Hair",)),
+        "curvy": (2, ("Long_Hair", "Wavy_Hair")),
+        "straight02": (2, ("Long_Hair", "Straight_Hair")),
+        "bob": (2, ("Long_Hair", "Straight_Hair")),
+        "straightAndStrand": (2, ("Long_Hair", "Straight_Hair", "Bangs")),
+        "miaWallace": (2, ("Long_Hair", "Straight_Hair", "Bangs")),
+        "hat": (2, ("Wearing_Hat",)),
+        "winterHat02": (2, ("Wearing_Hat",)),
+        "turban": (1, ("Wearing_Hat",)),
     },
     "hair": {
-        "#2c1b18": (4, ("Black_Hair",)), "#724133": (4, ("Brown_Hair",)), "#d6b370": (4, ("Blond_Hair",)),
-        "#e8e1e1": (3, ("Gray_Hair",)), "#c93305": (3, ("Red_Hair",)), "#f59797": (2, ()),
+        "#2c1b18": (4, ("Black_Hair",)),
+        "#724133": (4, ("Brown_Hair",)),
+        "#d6b370": (4, ("Blond_Hair",)),
+        "#e8e1e1": (3, ("Gray_Hair",)),
+        "#c93305": (3, ("Red_Hair",)),
+        "#f59797": (2, ()),
     },
     "hat": {"#ff5c5c": (1, ()), "#5199e4": (1, ()), "#3c4f5c": (1, ())},
     "eyebrows": {
-        "defaultNatural": (4, ()), "raisedExcitedNatural": (3, ("Arched_Eyebrows",)), "flatNatural": (3, ("Bushy_Eyebrows",)),
+        "defaultNatural": (4, ()),
+        "raisedExcitedNatural": (3, ("Arched_Eyebrows",)),
+        "flatNatural": (3, ("Bushy_Eyebrows",)),
         "angryNatural": (3, ("Angry_Eyebrows",)),
     },
     "eyes": {
-        "default": (5, ()), "squint": (2, ("Narrow_Eyes",)), "surprised": (2, ("Wide_Eyes",)), "closed": (2, ("Eyes_Closed",)),
-        "wink": (2, ("Winking",)), "hearts": (1.5, ("Heart_Eyes",)),
+        "default": (5, ()),
+        "squint": (2, ("Narrow_Eyes",)),
+        "surprised": (2, ("Wide_Eyes",)),
+        "closed": (2, ("Eyes_Closed",)),
+        "wink": (2, ("Winking",)),
+        "hearts": (1.5, ("Heart_Eyes",)),
     },
     "mouth": {
-        "smile": (4, ("Smiling", "Mouth_Slightly_Open")), "twinkle": (4, ("Smiling",)), "serious": (4, ()),
-        "screamOpen": (3, ("Mouth_Slightly_Open",)), "tongue": (2, ("Smiling", "Mouth_Slightly_Open", "Tongue_Out")),
-        "sad": (3, ("Frowning",)), "eating": (2, ("Rosy_Cheeks",)),
+        "smile": (4, ("Smiling", "Mouth_Slightly_Open")),
+        "twinkle": (4, ("Smiling",)),
+        "serious": (4, ()),
+        "screamOpen": (3, ("Mouth_Slightly_Open",)),
+        "tongue": (2, ("Smiling", "Mouth_Slightly_Open", "Tongue_Out")),
+        "sad": (3, ("Frowning",)),
+        "eating": (2, ("Rosy_Cheeks",)),
     },
     "beard": {
-        "none": (7, ("No_Beard",)), "moustacheMagnum": (3, ("No_Beard", "Mustache")), "beardLight": (2, ()),
+        "none": (7, ("No_Beard",)),
+        "moustacheMagnum": (3, ("No_Beard", "Mustache")),
+        "beardLight": (2, ()),
         "beardMajestic": (2, ("Full_Beard",)),
     },
     "accessories": {
-        "none": (6, ()), "prescription02": (2, ("Eyeglasses",)), "round": (2, ("Eyeglasses",)),
+        "none": (6, ()),
+        "prescription02": (2, ("Eyeglasses",)),
+        "round": (2, ("Eyeglasses",)),
         "sunglasses": (2, ("Eyeglasses", "Sunglasses")),
     },
     "shirt": {"#5199e4": (1, ()), "#ff488e": (1, ()), "#ffffb1": (1, ()), "#262e33": (1, ())},
-}  # fmt: skip
+}
 ATTRIBUTES: tuple[str, ...] = tuple(
     dict.fromkeys(itertools.chain.from_iterable(given for values in _PARTS.values() for _, given in values.values()))
 )
@@ -132,13 +165,19 @@ class Avatar:
         from dicebear import Avatar as Drawing
 
         options: dict[str, Any] = {
-            "backgroundColor": [self.background], "skinColor": [self.skin], "hairColor": [self.hair], "hatColor": [self.hat],
-            "facialHairColor": [_BEARD_COLOUR], "clothesColor": [self.shirt], "accessoriesColor": ["#262e33"],
-            "eyebrowsVariant": [self.eyebrows], "mouthVariant": [self.mouth],
+            "backgroundColor": [self.background],
+            "skinColor": [self.skin],
+            "hairColor": [self.hair],
+            "hatColor": [self.hat],
+            "facialHairColor": [_BEARD_COLOUR],
+            "clothesColor": [self.shirt],
+            "accessoriesColor": ["#262e33"],
+            "eyebrowsVariant": [self.eyebrows],
+            "mouthVariant": [self.mouth],
             # the glasses' tint lets some of the eyes through: behind it all eyes are the same, so that labels stay exact
             "eyesVariant": ["default" if self.accessories == "sunglasses" else self.eyes],
             "clothesVariant": ["shirtCrewNeck"],
-        }  # fmt: skip
+        }
         for part, value in (("top", self.top), ("facialHair", self.beard), ("accessories", self.accessories)):
             options[f"{part}Probability"] = 0 if value == "none" else 100
             if value != "none":

@@ -71,9 +71,7 @@ def load(name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto")
         if not trained(name):
             raise ProbekitError(f"model {name!r}: is not trained yet; probekit zoo train {name}")
         path = weights(name)
-    if not (path.is_file() or path.is_dir()) and (
-        path.exists() or path.suffix in _SUFFIXES or not re.fullmatch(HUB_ID, name)
-    ):
+    if not (path.is_file() or path.is_dir()) and (path.exists() or path.suffix in _SUFFIXES or not re.fullmatch(HUB_ID, name)):
         bundled = [*PIPELINES, *MODELS, "random"]
         near = difflib.get_close_matches(name, bundled, n=1) or bundled
         raise ProbekitError(

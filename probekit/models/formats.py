@@ -27,8 +27,8 @@ HUB_ID = r"[\w.-]+/[\w.-]+"
 class Place:
     """What a name refers to: a file, a folder, or a hub id; read as far as a format needs to recognise it.
 
-    name: how the model was asked for. path: the file or folder, for a hub id where a folder would be. device, dtype: where, and in
-    which precision, the model is wanted.
+    name: how the model was asked for. path: the file or folder, for a hub id where a folder would be. device, dtype: where,
+    and in which precision, the model is wanted.
     """
 
     name: str

@@ -60,7 +60,10 @@ def choose_device(device: str) -> torch.device:
 
 
 def precision(dtype: str, device: torch.device, *, transformer: bool) -> torch.dtype:
-    """`auto` is float32 on the CPU, elsewhere bfloat16 for transformers and float16 for U-Nets. Raises ProbekitError otherwise."""
+    """The precision of that name; `auto` is float32 on the CPU, elsewhere bfloat16 for transformers and float16 for U-Nets.
+
+    Raises ProbekitError for a name that is none.
+    """
     import torch
 
     if dtype == "auto":

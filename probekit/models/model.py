@@ -32,6 +32,11 @@ class Condition:
     label: int | None = None
     guidance: float | None = None
 
+    def then(self, later: Condition) -> Condition:
+        """This condition with what a later one says of it changed."""
+        said = {key: value for key, value in dataclasses.asdict(later).items() if value is not None}
+        return dataclasses.replace(self, **said)
+
 
 def fixed(*spaces: LatentSpace) -> dict[str, Maker]:
     """The makers of spaces without parameters, by name."""
@@ -47,8 +52,8 @@ class Model:
     """A network and its latent spaces, the first of which is the default.
 
     name: how it was asked for. family: vae, vqvae, glow, stylegan2, ddpm, flow (rectified), ldm, dit, text-to-image, random or
-    custom. image_size: height and width of its images in pixels, None where any will do. network: the module whose weights count,
-    None for a model without any. makers: by name, what makes each of its spaces.
+    custom. image_size: height and width of its images in pixels, None where any will do. network: the module whose weights
+    count, None for a model without any. makers: by name, what makes each of its spaces.
 
     Where the model has them: process: how noise becomes images and back; paints: how captions become pictures; on: the same
     model under a condition; at_size: the same network for images of another size, of a convolutional one; source: what else
@@ -76,17 +81,23 @@ class Model:
     def space(self, spec: str | None = None, *, label: str | None = None, **parameters: Any) -> LatentSpace:
         """The space that `NAME` or `NAME:key=value:key=value` means, or the default one.
 
-        parameters: the same as keyword arguments. label: what to call it in results, by default `MODEL:spec`. Raises
-        ProbekitError, naming what there is, for a space or a parameter that the model does not have.
+        parameters: the same as keyword arguments. label: what to call it in results, by default how it could be asked for.
+        Raises ProbekitError, naming what there is, for a space or a parameter that the model does not have, and for a value
+        that the parameter cannot take.
         """
         if not self.makers:
-            raise ProbekitError(f"model {self.name!r}: a {self.family}, which has no latent spaces")
-        name, *given = (spec or next(iter(self.makers))).split(":")
+            raise self._no_vae()
+        spec = spec or next(iter(self.makers))
+        name, *given = spec.split(":")
         if name not in self.makers:
             raise ProbekitError(f"model {self.name!r}: no space {name!r}; it has {', '.join(self.makers)}")
         maker = self.makers[name]
-        called = label or (f"{self.name}:{spec}" if spec else self.name)
-        made = maker(**_parameters(called, maker, given, parameters))
+        called = label or ":".join([self.name, spec, *(f"{key}={value}" for key, value in parameters.items())])
+        arguments = _parameters(called, maker, given, parameters)
+        try:
+            made = maker(**arguments)
+        except ProbekitError as error:
+            raise ProbekitError(f"space {called!r}: {str(error).removeprefix(f'model {self.name!r}: ')}") from error
         return dataclasses.replace(
             made, model=self.name, family=self.family, image_size=self.image_size, label=called, weights=lambda: self.digest
         )
@@ -96,7 +107,8 @@ class Model:
     def conditioned(self, prompt: str | None = None, label: int | None = None, guidance: float | None = None) -> Model:
         """The same model under a caption or a class, with classifier-free guidance (Ho and Salimans 2022; 1 is none).
 
-        Raises ProbekitError, naming the option, for a model that takes none.
+        What is not given stays as it is. Raises ProbekitError, naming the option, for a model that takes none, for a class that
+        is not there, and for guidance that the model would ignore.
         """
         condition = Condition(prompt, label, guidance)
         if condition == Condition():
@@ -115,6 +127,8 @@ class Model:
     @property
     def diffusion(self) -> Diffusion:
         """How noise becomes images and back. Raises ProbekitError for a model that does not go step by step."""
+        if self.process is None and self.paints is not None:
+            raise self._no_vae()
         if self.process is None:
             raise ProbekitError(f"model {self.name!r}: a {self.family}, which makes no images from noise step by step")
         return self.process
@@ -132,6 +146,10 @@ class Model:
     def layers(self) -> list[hooks.Layer]:
         """The denoiser's layers in execution order. Raises ProbekitError as `denoiser`."""
         return hooks.layers(self.denoiser)
+
+    def _no_vae(self) -> ProbekitError:
+        kind = self.paints.kind if self.paints is not None else self.family
+        return ProbekitError(f"model {self.name!r}: a {kind}, which has no VAE to bring images to its latents")
 
     def denoise_once(self) -> None:
         """Call the denoiser on one picture, for what watches its layers."""
@@ -183,25 +201,33 @@ class Model:
 def _parameters(space: str, maker: Maker, given: Sequence[str], parameters: Mapping[str, Any]) -> dict[str, Any]:
     """A maker's arguments from `key=value` texts and keyword arguments, read as its annotations say."""
     known = inspect.signature(maker, eval_str=True).parameters
-    read: dict[str, Any] = {}
-    texts: dict[str, Any] = {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not equals or key in texts:
-            raise ProbekitError(f"space {space!r}: {text!r} is no key=value, or given twice")
-        texts[key] = value
-    for key, value in (texts | dict(parameters)).items():
+    wanted: dict[str, Any] = {}
+    for key, value in [*(_pair(space, text) for text in given), *parameters.items()]:
+        if key in wanted:
+            raise ProbekitError(f"space {space!r}: {key} is given twice")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1) or list(known)
             there = f"it has {', '.join(near)}" if near else "it has none"
             raise ProbekitError(f"space {space!r}: no parameter {key!r}; {there}")
-        kind = "int" if "int" in str(known[key].annotation) else "float" if "float" in str(known[key].annotation) else "str"
-        if kind == "str" or value is None:
-            read[key] = value
-            continue
-        try:
-            read[key] = int(value) if kind == "int" else float(value)
-        except (TypeError, ValueError) as error:
-            needed = "a whole number" if kind == "int" else "a number"
-            raise ProbekitError(f"space {space!r}: {key} {value!r} is not {needed}") from error
-    return read
+        wanted[key] = _value(space, key, value, str(known[key].annotation))
+    return wanted
+
+
+def _pair(space: str, text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ProbekitError(f"space {space!r}: {text!r} is no key=value")
+    return key, value
+
+
+def _value(space: str, key: str, value: Any, annotation: str) -> Any:
+    if value is None or not ("int" in annotation or "float" in annotation):
+        return value
+    whole = "int" in annotation
+    try:
+        if whole and isinstance(value, float) and not value.is_integer():
+            raise ValueError
+        return int(value) if whole else float(value)
+    except (TypeError, ValueError) as error:
+        needed = "a whole number" if whole else "a number"
+        raise ProbekitError(f"space {space!r}: {key} {value!r} is not {needed}") from error

@@ -28,13 +28,15 @@ def denoiser_spaces(diffusion: Diffusion, painter: Painter | None = None, guidan
     - `inverted`: the latent of an inversion (`sampling.inversions`); decoding samples from it.
     - `noised`: signal * image + noise * epsilon at timestep t (the last), epsilon from the generator; decoding samples from
       there. Only at the last timestep has it a prior to sample from, N(0, 1).
-    - `h`: a layer's activation (Kwon et al. 2023 take the middle block's) for the image noised to timestep t (half the schedule).
-      The noise is one for all images, number 0 of seed 0, so that images alone make the difference. Decoding goes on from the
-      noised image to the end with the layer changed at every step by what the latent differs from the image's own, as Kwon et al.
-      add their delta h; the image is that of noise number 0 of `seed`, or the one that `rest_of` gives.
+    - `h`: a layer's activation (Kwon et al. 2023 take the middle block's) for the image noised to timestep t (half the
+      schedule), or the step's of `steps` that is nearest. The noise is one for all images, number 0 of seed 0, so that images
+      alone make the difference. Decoding goes on from the noised image to the end with the layer changed at every step by what
+      the latent differs from the image's own, as Kwon et al. add their delta h; the image is that of noise number 0 of `seed`,
+      or the one that `rest_of` gives.
     - `noise`: what sampling starts from; nothing is encoded.
     - `code`: the autoencoder's code, scaled as the denoiser takes it; a model of pixels has none.
-    - `text`: the caption's embeddings, all tokens; decoding paints from noise number 0 of `seed` as the pipeline does.
+    - `text`: the caption's embeddings, all tokens, those that the pipeline leaves out 0; decoding paints from noise number 0 of
+      `seed` as the pipeline does, where it has a pooled embedding beside the empty caption's.
       `text-eos`: that of the token that ends the caption; decoding gives it to all tokens but the first of an empty caption.
       `text-pooled`: the pooled embedding, beside the empty caption's tokens.
 
@@ -90,16 +92,27 @@ class _Spaces:
             return torch.stack([noise, noise], 1) if inversion.pairs else noise
 
         return LatentSpace(
-            "inverted", shape, f"the latent of {steps} steps of {method} inversion", encode,
-            decode, prior,
-            parameters={"method": method, "steps": steps}, made_of=diffusion.made_of,
-        )  # fmt: skip
+            "inverted",
+            shape,
+            f"the latent of {steps} steps of {method} inversion",
+            encode,
+            decode,
+            prior,
+            parameters={"method": method, "steps": steps},
+            made_of=diffusion.made_of,
+        )
 
     def noise(self, steps: int = STEPS) -> LatentSpace:
         return LatentSpace(
-            "noise", self.diffusion.shape, f"what {steps} steps of sampling start from", None,
-            self.sampled(self.diffusion.schedule(steps)), self.prior, parameters={"steps": steps}, made_of=self.diffusion.made_of,
-        )  # fmt: skip
+            "noise",
+            self.diffusion.shape,
+            f"what {steps} steps of sampling start from",
+            None,
+            self.sampled(self.diffusion.schedule(steps)),
+            self.prior,
+            parameters={"steps": steps},
+            made_of=self.diffusion.made_of,
+        )
 
     def noised(self, t: int | None = None, steps: int = STEPS) -> LatentSpace:
         diffusion, scheduler = self.diffusion, self.diffusion.scheduler
@@ -113,26 +126,37 @@ class _Spaces:
             return signal * diffusion.encode(images) + noise * self.prior(len(images), generator)
 
         return LatentSpace(
-            "noised", diffusion.shape, f"the image noised to timestep {t}", encode, self.sampled(schedule),
-            self.prior if t == self.trained - 1 else None, parameters={"t": t, "steps": steps}, made_of=diffusion.made_of,
-        )  # fmt: skip
+            "noised",
+            diffusion.shape,
+            f"the image noised to timestep {t}",
+            encode,
+            self.sampled(schedule),
+            self.prior if t == self.trained - 1 else None,
+            parameters={"t": t, "steps": steps},
+            made_of=diffusion.made_of,
+        )
 
     def code(self) -> LatentSpace:
         diffusion = self.diffusion
         return LatentSpace(
-            "code", diffusion.shape, "the autoencoder's code", lambda images, _: diffusion.encode(images), diffusion.decode,
+            "code",
+            diffusion.shape,
+            "the autoencoder's code",
+            lambda images, _: diffusion.encode(images),
+            diffusion.decode,
             made_of=diffusion.made_of,
-        )  # fmt: skip
+        )
 
     def h(
         self, layer: str | None = None, stream: str | None = None, t: int | None = None, steps: int = STEPS, seed: int = 0
     ) -> LatentSpace:
         diffusion = self.diffusion
+        _check_seed(seed)
         known = hooks.layers(diffusion.network)
         layer = _middle(known, diffusion.network) if layer is None else layer
-        (found,) = chosen if len(chosen := hooks.select(known, [layer])) == 1 else [None]
-        if found is None:
-            raise ProbekitError(f"layer {layer!r}: names {len(chosen)} layers, one is needed ({chosen[0].name}, …)")
+        found, *more = hooks.select(known, [layer])
+        if more:
+            raise ProbekitError(f"layer {layer!r}: names {1 + len(more)} layers, one is needed ({found.name}, …)")
         found.stream(stream)  # refuses one that the layer does not have
         t, schedule = self._timestep(t, self.trained // 2), diffusion.schedule(steps)
         # noise and sampling go on from a state of the schedule, the one whose timestep is nearest
@@ -156,7 +180,7 @@ class _Spaces:
         def around(states: Tensor) -> Callable[[Tensor], Tensor]:
             def decode(latents: Tensor) -> Tensor:
                 if len(states) not in (1, len(latents)):
-                    raise ProbekitError(f"{len(latents)} latents in the place of those of {len(states)} images: as many are needed")
+                    raise ProbekitError(f"{len(latents)} latents for the rest of {len(states)} images: as many are needed")
                 start = states.expand(len(latents), *diffusion.shape)
                 change = latents - read(states)
                 changed = _go_on(diffusion, schedule, first, start, found.name, stream, change)
@@ -174,16 +198,25 @@ class _Spaces:
 
         shape = tuple(read(torch.zeros(1, *diffusion.shape)).shape[1:])
         return LatentSpace(
-            "h", shape, f"{found.name}'s output at timestep {schedule.timesteps[first]:g}, the same noise on every image",
-            lambda images, _: read(noised(images)), lambda latents: around(base())(latents),
-            around=lambda images: around(noised(images)), made_of=diffusion.made_of,
+            "h",
+            shape,
+            f"{found.name}'s output at timestep {schedule.timesteps[first]:g}, the same noise on every image",
+            lambda images, _: read(noised(images)),
+            lambda latents: around(base())(latents),
+            around=lambda images: around(noised(images)),
+            made_of=diffusion.made_of,
             parameters={"layer": found.name, "stream": stream, "t": t, "steps": steps, "seed": seed},
-        )  # fmt: skip
+        )
 
     def _timestep(self, t: int | None, default: int) -> int:
         if t is not None and not 0 <= t < self.trained:
             raise ProbekitError(f"t {t}: the schedule has timesteps 0 to {self.trained - 1}")
         return default if t is None else t
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise ProbekitError(f"seed {seed}: choose 0 to {2**32 - 1}")
 
 
 def _middle(known: Sequence[hooks.Layer], network: Any) -> str:
@@ -223,9 +256,17 @@ class _TextSpaces:
         self.diffusion, self.painter, self.guidance = diffusion, painter, guidance
 
     def _space(
-        self, name: str, about: str, one: Callable[[str], Tensor], row: Callable[[Tensor], dict[str, Any]], steps: int, seed: int
+        self,
+        name: str,
+        about: str,
+        one: Callable[[str], Tensor],
+        row: Callable[[Tensor], dict[str, Any]],
+        steps: int,
+        seed: int,
     ) -> LatentSpace:
         painter = self.painter
+        _check_seed(seed)
+        check_steps(steps, painter.pipeline.scheduler.config.num_train_timesteps)
         options = {"num_inference_steps": steps} | ({} if self.guidance is None else {"guidance_scale": self.guidance})
 
         def encode(captions: Sequence[str], generator: torch.Generator) -> Tensor:
@@ -237,18 +278,33 @@ class _TextSpaces:
 
         made_of = self.diffusion.made_of | {"guidance": self.guidance, "defaults": painter.defaults}
         return LatentSpace(
-            name, tuple(one("").shape), about, encode, decode, takes="captions", parameters={"seed": seed, "steps": steps},
+            name,
+            tuple(one("").shape),
+            about,
+            encode,
+            decode,
+            takes="captions",
+            parameters={"seed": seed, "steps": steps},
             made_of=made_of,
-        )  # fmt: skip
+        )
 
     def _like(self, key: str, latent: Tensor) -> Tensor:
         return latent[None].to(self.painter.embedded("")[key])
 
     def text(self, seed: int = 0, steps: int = 20) -> LatentSpace:
-        return self._space(
-            "text", "the caption's embeddings, all tokens", lambda caption: self.painter.embedded(caption)["prompt_embeds"][0],
-            lambda latent: {"prompt_embeds": self._like("prompt_embeds", latent)}, steps, seed,
-        )  # fmt: skip
+        # which tokens the pipeline leaves out is seen by them: the others of a caption are never 0
+        masked = "prompt_attention_mask" in self.painter.embedded("")
+
+        def one(caption: str) -> Tensor:
+            told = self.painter.embedded(caption)
+            tokens = told["prompt_embeds"][0]
+            return tokens * told["prompt_attention_mask"][0, :, None] if masked else tokens
+
+        def row(latent: Tensor) -> dict[str, Any]:
+            tokens = {"prompt_embeds": self._like("prompt_embeds", latent)}
+            return tokens | ({"prompt_attention_mask": self._like("prompt_attention_mask", latent.any(-1))} if masked else {})
+
+        return self._space("text", "the caption's embeddings, all tokens", one, row, steps, seed)
 
     def eos(self, seed: int = 0, steps: int = 20) -> LatentSpace:
         def one(caption: str) -> Tensor:
@@ -263,7 +319,10 @@ class _TextSpaces:
 
     def pooled(self, seed: int = 0, steps: int = 20) -> LatentSpace:
         return self._space(
-            "text-pooled", "the caption's pooled embedding",
+            "text-pooled",
+            "the caption's pooled embedding",
             lambda caption: self.painter.embedded(caption)["pooled_prompt_embeds"][0],
-            lambda latent: {"pooled_prompt_embeds": self._like("pooled_prompt_embeds", latent)}, steps, seed,
-        )  # fmt: skip
+            lambda latent: {"pooled_prompt_embeds": self._like("pooled_prompt_embeds", latent)},
+            steps,
+            seed,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,9 +51,14 @@ def train_and_save(name: str, folder: Path, checkpoints: Path, *, seed: int = 0)
 
     torch.manual_seed(seed)
     network = train(
-        family.build(), loss, family.schedule, checkpoint=checkpoints / f"{name}.pt", seed=seed, title=name,
+        family.build(),
+        loss,
+        family.schedule,
+        checkpoint=checkpoints / f"{name}.pt",
+        seed=seed,
+        title=name,
         snapshots={step: keep(step) for step in family.keep},
-    )  # fmt: skip
+    )
     family.save(network, folder)
 
 
@@ -117,9 +123,12 @@ def build_vae() -> nn.Module:
     """
     channels = "32:32,16:64,8:128,4:192,1:128"
     return vae.VAE(
-        enc_blocks="32x1,32d2,32t16,16x1,16d2,16t8,8x2,8d2,8t4,4x4,4d4,4t1", enc_channels=channels,
-        dec_blocks="1u4,1t4,4x4,4u2,4t8,8x2,8u2,8t16,16x1,16u2,16t32,32x1", dec_channels=channels, input_size=IMAGE_SIZE,
-    )  # fmt: skip
+        enc_blocks="32x1,32d2,32t16,16x1,16d2,16t8,8x2,8d2,8t4,4x4,4d4,4t1",
+        enc_channels=channels,
+        dec_blocks="1u4,1t4,4x4,4u2,4t8,8x2,8u2,8t16,16x1,16u2,16t32,32x1",
+        dec_channels=channels,
+        input_size=IMAGE_SIZE,
+    )
 
 
 def vae_loss(network: Any, images: Images, generator: torch.Generator) -> tuple[Tensor, Numbers]:
@@ -135,10 +144,16 @@ def build_vqvae() -> nn.Module:
     from diffusers import VQModel
 
     made = VQModel(
-        block_out_channels=(32, 64, 64), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1, latent_channels=3, num_vq_embeddings=2048, norm_num_groups=8, sample_size=IMAGE_SIZE,
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=3,
+        num_vq_embeddings=2048,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
         mid_block_add_attention=False,
-    )  # fmt: skip
+    )
     # diffusers starts the codes within 1/256 of each other, where nearly all are never chosen
     nn.init.normal_(made.quantize.embedding.weight)
     return made
@@ -213,11 +228,14 @@ def build_ddpm() -> nn.Module:
     from diffusers import UNet2DModel
 
     return UNet2DModel(
-        sample_size=IMAGE_SIZE, block_out_channels=(32, 48, 48, 48), layers_per_block=1, norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+        block_out_channels=(32, 48, 48, 48),
+        layers_per_block=1,
+        norm_num_groups=8,
         attention_head_dim=16,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+    )
 
 
 def ddpm_scheduler() -> Any:
@@ -229,9 +247,13 @@ def ddpm_scheduler() -> Any:
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
-        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, clip_sample=False, timestep_spacing="leading",
+        num_train_timesteps=1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        clip_sample=False,
+        timestep_spacing="leading",
         prediction_type="v_prediction",
-    )  # fmt: skip
+    )
 
 
 def ddpm_loss(network: Any, images: Images, generator: torch.Generator) -> tuple[Tensor, Numbers]:
@@ -255,9 +277,14 @@ def build_ldm() -> nn.Module:
     from diffusers import UNet2DModel
 
     return UNet2DModel(
-        sample_size=IMAGE_SIZE // 4, block_out_channels=(64, 80), layers_per_block=1, norm_num_groups=8, attention_head_dim=16,
-        down_block_types=("AttnDownBlock2D",) * 2, up_block_types=("AttnUpBlock2D",) * 2,
-    )  # fmt: skip
+        sample_size=IMAGE_SIZE // 4,
+        block_out_channels=(64, 80),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=16,
+        down_block_types=("AttnDownBlock2D",) * 2,
+        up_block_types=("AttnUpBlock2D",) * 2,
+    )
 
 
 @functools.cache
@@ -320,37 +347,59 @@ def _save_rectified_flow(network: Any, folder: Path) -> None:
 def _save_ldm(network: Any, folder: Path) -> None:
     from diffusers import LDMPipeline
 
-    LDMPipeline(_vqvae().half(), network.half(), ddpm_scheduler()).save_pretrained(folder)
+    LDMPipeline(copy.deepcopy(_vqvae()).half(), network.half(), ddpm_scheduler()).save_pretrained(folder)
 
 
 FAMILIES: dict[str, Family] = {
     "avatar-vae": Family(
-        build_vae, vae_loss, _save_own("vae"),
-        Schedule(steps=4_000, learning_rate=1.5e-3, weight_decay=0.0, bfloat16=True), batch=64,
+        build_vae,
+        vae_loss,
+        _save_own("vae"),
+        Schedule(steps=4_000, learning_rate=1.5e-3, weight_decay=0.0, bfloat16=True),
+        batch=64,
     ),
     "avatar-vqvae": Family(
-        build_vqvae, vqvae_loss, _save_vqvae,
-        Schedule(steps=3_000, learning_rate=2e-3, weight_decay=0.0), batch=32,
+        build_vqvae,
+        vqvae_loss,
+        _save_vqvae,
+        Schedule(steps=3_000, learning_rate=2e-3, weight_decay=0.0),
+        batch=32,
     ),
     "avatar-gan": Family(
-        Adversaries, gan_loss, _save_generator,
-        Schedule(steps=5_000, learning_rate=2.5e-3, weight_decay=0.0, betas=(0.0, 0.99), clip=100.0), batch=32,
+        Adversaries,
+        gan_loss,
+        _save_generator,
+        Schedule(steps=5_000, learning_rate=2.5e-3, weight_decay=0.0, betas=(0.0, 0.99), clip=100.0),
+        batch=32,
     ),
     "avatar-flow": Family(
-        build_flow, flow_loss, _save_own("glow"), Schedule(steps=5_000, learning_rate=1e-3, weight_decay=0.0), batch=32,
+        build_flow,
+        flow_loss,
+        _save_own("glow"),
+        Schedule(steps=5_000, learning_rate=1e-3, weight_decay=0.0),
+        batch=32,
         keep=(100, 300, 700, 1_500, 3_500),
     ),
     "avatar-ddpm": Family(
-        build_ddpm, ddpm_loss, _save_ddpm,
-        Schedule(steps=6_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=32,
+        build_ddpm,
+        ddpm_loss,
+        _save_ddpm,
+        Schedule(steps=6_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True),
+        batch=32,
         keep=(100, 200, 400, 700, 1_100, 1_700, 2_600),
     ),
     "mini-flow": Family(
-        build_ddpm, rectified_flow_loss, _save_rectified_flow,
-        Schedule(steps=4_500, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=32,
+        build_ddpm,
+        rectified_flow_loss,
+        _save_rectified_flow,
+        Schedule(steps=4_500, learning_rate=1e-3, weight_decay=0.0, bfloat16=True),
+        batch=32,
     ),
     "avatar-ldm": Family(
-        build_ldm, ldm_loss, _save_ldm,
-        Schedule(steps=6_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True), batch=64,
+        build_ldm,
+        ldm_loss,
+        _save_ldm,
+        Schedule(steps=6_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True),
+        batch=64,
     ),
-}  # fmt: skip
+}

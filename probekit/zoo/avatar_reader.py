@@ -30,7 +30,7 @@ class Loss:
     def __call__(self, reader: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """The loss of one batch."""
         index = torch.randint(TRAIN, (BATCH,), generator=generator).numpy()
-        images, truth = self.avatars.images(index), torch.from_numpy(self.avatars.labels(index).to_numpy()).float()
+        images, truth = self.avatars.images(index), torch.tensor(self.avatars.labels(index).to_numpy()).float()
         images = images + 0.1 * torch.rand(BATCH, 1, 1, 1, generator=generator) * torch.randn(images.shape, generator=generator)
         soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
         images = torch.lerp(images, soft, 0.7 * torch.rand(BATCH, 1, 1, 1, generator=generator))

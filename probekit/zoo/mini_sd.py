@@ -152,8 +152,8 @@ def evaluate(n: int = 500, seed: int = 1) -> list[Measured]:
     reconstructions of drawn scenes.
     """
     from probekit.bundled import GUIDANCE
-    from probekit.metrics.readers import scene_reader
     from probekit.data.scenes import VALUES, labels, sample_scenes
+    from probekit.metrics.readers import scene_reader
     from probekit.models import load
 
     model, reader = load("mini-sd", device="cpu"), scene_reader()

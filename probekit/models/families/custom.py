@@ -64,11 +64,13 @@ def load_class(file: Path, class_name: str) -> Model:
         if ways["decode"]:
             checked("decode", one)
     space = LatentSpace(
-        "latent", tuple(one.shape[1:]), (found.__doc__ or "a model of one's own").strip().splitlines()[0],
+        "latent",
+        tuple(one.shape[1:]),
+        (found.__doc__ or "a model of one's own").strip().splitlines()[0],
         encoder=(lambda images, _: checked("encode", images)) if ways["encode"] else None,
         decoder=(lambda latents: checked("decode", latents).clamp(-1, 1)) if ways["decode"] else None,
         sampler=(lambda n, generator: checked("sample", n, generator)) if ways["sample"] else None,
-    )  # fmt: skip
+    )
     source = hashlib.sha256(class_name.encode() + file.read_bytes()).hexdigest()
     return Model(where, "custom", size, _weights(made), fixed(space), source=source)
 

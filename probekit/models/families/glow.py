@@ -391,18 +391,22 @@ def as_model(network: Glow, name: str, image_size: int) -> Model:
 
     spaces = [
         LatentSpace(
-            "z", (sum(sizes),), "the latents of all levels, joined",
+            "z",
+            (sum(sizes),),
+            "the latents of all levels, joined",
             encoder=lambda images, generator: join(level.z for level in levels(images)),
             decoder=lambda latents: decode(latents, reconstruct=True),
             sampler=lambda n, generator: join(network.z_of(part(sample(n, generator)))),
         ),
         LatentSpace(
-            "eps", (sum(sizes),), "the latents of all levels, each normalised by its learned prior, joined",
+            "eps",
+            (sum(sizes),),
+            "the latents of all levels, each normalised by its learned prior, joined",
             encoder=lambda images, generator: join(level.eps for level in levels(images)),
             decoder=lambda latents: decode(latents, reconstruct=False),
             sampler=sample,
         ),
-    ]  # fmt: skip
+    ]
     return Model(name, "glow", image_size, network, fixed(*spaces))
 
 

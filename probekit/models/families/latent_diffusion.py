@@ -22,7 +22,8 @@ def ldm(vq: Any, unet: Any, scheduler: Any, name: str) -> Model:
     """A `VQModel` and a `UNet2DModel` on its grid, as diffusers' `LDMPipeline` holds them.
 
     Its spaces are the VQ-VAE's, `grid` and `quantized`, and those of a denoiser. The U-Net sees the grid times the VQ-VAE's
-    `scaling_factor`. For images of another size there is the VQ-VAE alone. Raises ProbekitError where the two do not fit together.
+    `scaling_factor`. For images of another size there is the VQ-VAE alone. Raises ProbekitError where the two do not fit
+    together.
     """
     config = unet.config
     if not isinstance(config.sample_size, int):
@@ -38,24 +39,29 @@ def ldm(vq: Any, unet: Any, scheduler: Any, name: str) -> Model:
     predict = denoisers.unconditional(unet)
     assert of_vq.image_size is not None
     diffusion = Diffusion(
-        name, of_vq.image_size, shape, _reversible(scheduler), unet, lambda rows: predict,
+        name,
+        of_vq.image_size,
+        shape,
+        _reversible(scheduler),
+        unet,
+        lambda rows: predict,
         lambda images: vq.encode(images.to(vq.device, vq.dtype)).latents * scale,
         lambda states: vq.decode(states.to(vq.device, vq.dtype) / scale).sample,
-    )  # fmt: skip
+    )
     # the VQ-VAE in the U-Net's company counts for the fingerprint
     both = nn.ModuleDict({"vqvae": vq, "unet": unet})
     makers = {**of_vq.makers, **denoiser_spaces(diffusion)}
     return Model(name, "ldm", of_vq.image_size, both, makers, process=diffusion, at_size=of_vq.at_size)
 
 
-def dit(transformer: Any, vae: Any, scheduler: Any, name: str, condition: Condition | None = None) -> Model:
+def dit(transformer: Any, vae: Any, scheduler: Any, name: str, condition: Condition = Condition()) -> Model:
     """A `DiTTransformer2DModel` on a KL VAE's code, as diffusers' `DiTPipeline` holds them (Peebles and Xie 2023).
 
     condition: its label is the class of all images, by its number; without one it is the empty class, and there is no guidance.
     Raises ProbekitError for a class that is not there, for guidance without a class, and for a prompt.
     """
-    prompt, label = (condition.prompt, condition.label) if condition else (None, None)
-    guidance = 1.0 if condition is None or condition.guidance is None else condition.guidance
+    prompt, label = condition.prompt, condition.label
+    guidance = 1.0 if condition.guidance is None else condition.guidance
     classes = transformer.config.num_embeds_ada_norm
     if prompt is not None:
         raise ProbekitError(f"--prompt {prompt!r}: model {name!r} takes none")
@@ -71,15 +77,25 @@ def dit(transformer: Any, vae: Any, scheduler: Any, name: str, condition: Condit
 
     pixels = size * 2 ** (len(vae.config.block_out_channels) - 1)
     diffusion = Diffusion(
-        name, pixels, (channels, size, size), _reversible(scheduler), transformer, predict,
+        name,
+        pixels,
+        (channels, size, size),
+        _reversible(scheduler),
+        transformer,
+        predict,
         lambda images: vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean * scale,
         lambda states: vae.decode(states.to(vae.device, vae.dtype) / scale).sample,
         condition={"label": label, "guidance": guidance},
-    )  # fmt: skip
+    )
     return Model(
-        name, "dit", pixels, nn.ModuleDict({"vae": vae, "transformer": transformer}), denoiser_spaces(diffusion),
-        process=diffusion, on=lambda other: dit(transformer, vae, scheduler, name, other),
-    )  # fmt: skip
+        name,
+        "dit",
+        pixels,
+        nn.ModuleDict({"vae": vae, "transformer": transformer}),
+        denoiser_spaces(diffusion),
+        process=diffusion,
+        on=lambda later: dit(transformer, vae, scheduler, name, condition.then(later)),
+    )
 
 
 def _reversible(scheduler: Any) -> Any:

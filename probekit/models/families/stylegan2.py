@@ -384,13 +384,19 @@ def as_model(network: Generator, name: str) -> Model:
         return network.synthesis(ws.to(network.mapping.w_avg)).clamp(-1, 1).cpu()
 
     w = LatentSpace(
-        "w", (network.w_dim,), "the style, one for all layers",
-        decoder=lambda w: images_of(w.unsqueeze(1).expand(-1, network.num_ws, -1)), sampler=lambda n, g: draw_ws(n, g)[:, 0],
-    )  # fmt: skip
+        "w",
+        (network.w_dim,),
+        "the style, one for all layers",
+        decoder=lambda w: images_of(w.unsqueeze(1).expand(-1, network.num_ws, -1)),
+        sampler=lambda n, g: draw_ws(n, g)[:, 0],
+    )
     z = LatentSpace(
-        "z", (network.z_dim,), "normal noise, the mapping network's input",
-        decoder=lambda z: images_of(map_z(z)), sampler=draw_z,
-    )  # fmt: skip
+        "z",
+        (network.z_dim,),
+        "normal noise, the mapping network's input",
+        decoder=lambda z: images_of(map_z(z)),
+        sampler=draw_z,
+    )
     each = LatentSpace(
         "w+", (network.num_ws, network.w_dim), "the styles, one for each layer", decoder=images_of, sampler=draw_ws
     )

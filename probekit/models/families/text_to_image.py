@@ -28,8 +28,8 @@ def as_model(pipeline: Any, name: str) -> Model:
     """
     defaults = {"guidance_scale": GUIDANCE[name]} if name in GUIDANCE else {}
     painter = Painter(pipeline, name, defaults)
-    network = nn.ModuleDict({part: module for part, module in sorted(pipeline.components.items()) if isinstance(module, nn.Module)})
-    return _under(Condition(), painter, network)
+    parts = {part: module for part, module in sorted(pipeline.components.items()) if isinstance(module, nn.Module)}
+    return _under(Condition(), painter, nn.ModuleDict(parts))
 
 
 def _under(condition: Condition, painter: Painter, network: nn.Module) -> Model:
@@ -43,9 +43,15 @@ def _under(condition: Condition, painter: Painter, network: nn.Module) -> Model:
         diffusion = _diffusion(painter, condition)
         makers = denoiser_spaces(diffusion, painter, condition.guidance)
     return Model(
-        name, "text-to-image", diffusion.image_size if diffusion else None, network, makers, process=diffusion, paints=painter,
-        on=lambda other: _under(other, painter, network),
-    )  # fmt: skip
+        name,
+        "text-to-image",
+        diffusion.image_size if diffusion else None,
+        network,
+        makers,
+        process=diffusion,
+        paints=painter,
+        on=lambda later: _under(condition.then(later), painter, network),
+    )
 
 
 def _diffusion(painter: Painter, condition: Condition) -> Diffusion:
@@ -77,9 +83,17 @@ def _diffusion(painter: Painter, condition: Condition) -> Diffusion:
         return denoisers.captioned(pipeline, [painter.row(prompt, 0)] * rows, guidance, **options)
 
     return Diffusion(
-        painter.name, size, shape, pipeline.scheduler, network, predict, encode, decode, tokens=shape[0] if packs else None,
+        painter.name,
+        size,
+        shape,
+        pipeline.scheduler,
+        network,
+        predict,
+        encode,
+        decode,
+        tokens=shape[0] if packs else None,
         condition={"prompt": prompt, "guidance": guidance},
-    )  # fmt: skip
+    )
 
 
 def load_pipeline(path: str | Path, name: str, device: torch.device, dtype: str = "auto") -> Model:

@@ -180,8 +180,7 @@ def config_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     steps = down.count("t")
     if steps < 1 or steps != up.count("t") or not (re.fullmatch("(x+t)+x*", down) and re.fullmatch("(x*ut)+x*", up)):
         raise ProbekitError(
-            f"the plan cannot be told from the tensors (encoder {down or 'without blocks'}, decoder {up or 'without blocks'}), "
-            f"and hyper_parameters lacks one of {', '.join(_STRINGS.values())}"
+            f"the plan cannot be told from the tensors (encoder {down or 'without blocks'}, decoder {up or 'without blocks'})"
         )
     sizes = [1, *(4 * 2**step for step in range(steps))]
     enc_blocks, dec_blocks = [], []

@@ -56,9 +56,12 @@ def as_model(network: Any, name: str, image_size: int | None = None) -> Model:
         "grid", shape, "the latent grid before quantization", lambda images, _: grid(images).float().cpu(), decode
     )
     quantized = LatentSpace(
-        "quantized", shape, "the latent grid, every vector the nearest of the codebook",
-        lambda images, _: _nearest(network, grid(images))[0].float().cpu(), decode_quantized,
-    )  # fmt: skip
+        "quantized",
+        shape,
+        "the latent grid, every vector the nearest of the codebook",
+        lambda images, _: _nearest(network, grid(images))[0].float().cpu(),
+        decode_quantized,
+    )
     return Model(name, "vqvae", size, network, fixed(grids, quantized), at_size=lambda size: as_model(network, name, size))
 
 
@@ -87,9 +90,7 @@ def load_folder(path: str | Path, name: str) -> Model:
 
 
 FORMATS = (
-    Format(
-        "a diffusers `VQModel`", lambda place: place.kind == "VQModel", lambda place: load_folder(place.at, place.name)
-    ),
+    Format("a diffusers `VQModel`", lambda place: place.kind == "VQModel", lambda place: load_folder(place.at, place.name)),
 )
 
 

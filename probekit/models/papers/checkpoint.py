@@ -50,9 +50,16 @@ class Foreign:
 # what trainers put beside their tensors: Lightning's hyper-parameters and callbacks, StyleGAN's persistent modules, and
 # numpy's numbers, whose own constructors take addresses in memory from whoever calls them
 _FOREIGN = (
-    "argparse", "dnnlib", "lightning", "lightning_fabric", "numpy", "omegaconf", "pathlib", "pytorch_lightning",
+    "argparse",
+    "dnnlib",
+    "lightning",
+    "lightning_fabric",
+    "numpy",
+    "omegaconf",
+    "pathlib",
+    "pytorch_lightning",
     "torch_utils.persistence",
-)  # fmt: skip
+)
 
 
 def _inert(cls: Any, *_: Any) -> Foreign:
@@ -174,10 +181,14 @@ class _Unpickler(pickle._Unpickler):
         _PYTHONS[pickle.BINPERSID[0]](self)
 
     for _code, _load in (
-        (pickle.BUILD, load_build), (pickle.SETITEM, load_setitem), (pickle.SETITEMS, load_setitems),
-        (pickle.APPEND, load_append), (pickle.APPENDS, load_appends), (pickle.ADDITEMS, load_additems),
+        (pickle.BUILD, load_build),
+        (pickle.SETITEM, load_setitem),
+        (pickle.SETITEMS, load_setitems),
+        (pickle.APPEND, load_append),
+        (pickle.APPENDS, load_appends),
+        (pickle.ADDITEMS, load_additems),
         (pickle.BINPERSID, load_binpersid),
-    ):  # fmt: skip
+    ):
         dispatch[_code[0]] = _load
     for _code in (pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4):
         del dispatch[_code[0]]

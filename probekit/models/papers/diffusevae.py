@@ -1,4 +1,4 @@
-"""DiffuseVAE's checkpoints (Pandey et al. 2022, kpandey008/DiffuseVAE): Lightning's `.ckpt` of either stage, or a bare state."""
+"""DiffuseVAE's checkpoints (Pandey et al. 2022, kpandey008/DiffuseVAE): Lightning's `.ckpt` of either stage, a state dict."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def from_diffusevae(content: Mapping[str, Any], name: str) -> Model:
     """
     state = _state(content)
     try:
-        config = _hyper_parameters(content) or config_of(state)
+        config = _hyper_parameters(content) or _derived(state)
         for option, kinds in (("enc_blocks", "xdt"), ("dec_blocks", "xut")):
             if sum(number for kind, _, number in read_plan(option, config[option], kinds) if kind == "x") > len(state):
                 raise ProbekitError(f"{option} {config[option][:80]!r}: has more blocks than the file has tensors")
@@ -62,6 +62,13 @@ def _state(content: Mapping[str, Any]) -> dict[str, Tensor]:
     return inner or state
 
 
+def _derived(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    try:
+        return config_of(state)
+    except ProbekitError as error:
+        raise ProbekitError(f"{error}, and hyper_parameters lacks one of {', '.join(_STRINGS.values())}") from error
+
+
 def _hyper_parameters(content: Mapping[str, Any]) -> dict[str, Any] | None:
     held = content.get("hyper_parameters")
     if isinstance(held, Foreign):  # Lightning's AttributeDict has items, a Namespace a state
@@ -71,7 +78,9 @@ def _hyper_parameters(content: Mapping[str, Any]) -> dict[str, Any] | None:
     config: dict[str, Any] = {ours: held[theirs] for ours, theirs in _STRINGS.items()}
     size = held.get("input_res")
     # without one: the encoder's first step begins at the height of the image
-    return config | {"input_size": size if isinstance(size, int) else read_plan("enc_blocks", config["enc_blocks"], "xdt")[0][1]}
+    return config | {
+        "input_size": size if isinstance(size, int) else read_plan("enc_blocks", config["enc_blocks"], "xdt")[0][1]
+    }
 
 
 FORMATS = (
