@@ -104,7 +104,6 @@ def measure(way: str, n: int, pixels: int) -> tuple[float, int, list[int]]:
 def mapped(n: int) -> None:
     """Seconds and peak memory of writing noises and samples to a run's files and of finding 2,048 noises among them."""
     from probekit.experiments.denoising import BLOCK
-
     from probekit.metrics.geometry import margin, nearest
     from probekit.runs.experiment import Work
     from probekit.runs.folder import Run, Stacked

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from probekit.hooks.errors import ProbekitError
 
+from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Bench, Experiment, Unit, Work, names
 
 if TYPE_CHECKING:

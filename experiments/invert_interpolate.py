@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
+
 from probekit.experiments.denoising import METHODS, Inverting, inversions, numbered
 from probekit.hooks.errors import ProbekitError
-
 from probekit.runs.experiment import Bench, Findings, Unit, Work
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class InvertInterpolate(Inverting):
         ends = inverted(diffusion, method, states, schedule, fresh, renoised=self.renoised).end.cpu().double()
         fractions = torch.linspace(0, 1, self.frames, dtype=torch.float64)
         # the two states of a pair each on a circle of their own
-        circles = [slerp(*part, fractions) for part in (ends.unbind(1) if pairs else [ends])]
+        circles = [slerp(part[0], part[1], fractions) for part in (ends.unbind(1) if pairs else [ends])]
         path = torch.stack(circles, 1) if pairs else circles[0]
         made = []
         for part in torch.split(path, self.batch_size):

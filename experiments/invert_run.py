@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
+
 from probekit.experiments.denoising import BLOCK, METHODS, SHOWN, Inverting, inversions, numbered
 from probekit.hooks.errors import ProbekitError
-
 from probekit.runs.experiment import Bench, Findings, Unit, Work
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class InvertRun(Inverting):
         states = torch.from_numpy(bench.arrays(unit.needs[0])["states"])
         fresh = diffusion.fresh_noise(range(_start(unit), _start(unit) + unit.size), self.seed)
         latents, back, calls = [], [], []
-        for part, noise in zip(states.split(self.batch_size), fresh.split(self.batch_size), strict=True):
+        for part, noise in zip(*(torch.split(rows, self.batch_size) for rows in (states, fresh)), strict=True):
             there = inverted(diffusion, method, part, schedule, noise, renoised=self.renoised)
             back.append(restored(diffusion, method, there.end, schedule))
             latents.append(there.end.float().cpu())

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
+
 from probekit.experiments.denoising import BLOCK, SHOWN, Inverting, inversions, numbered
 from probekit.hooks.errors import ProbekitError
-
 from probekit.runs.experiment import Bench, Findings, Unit, Work
 
 if TYPE_CHECKING:

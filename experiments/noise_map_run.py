@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
+
 from probekit.experiments.denoising import Denoising, step_counts
 from probekit.hooks.errors import ProbekitError
-
 from probekit.runs.experiment import Bench, Findings, Unit, Work
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class NoiseMapRun(Denoising):
 
         from probekit.metrics import geometry
         from probekit.metrics.distributions import share_interval
-        from probekit.models import choose_device
+        from probekit.models.hub import choose_device
         from probekit.report.noise_map import TO_NOISE, TO_SAMPLE
 
         noise, sampled = (bench.stacked(unit.needs, key) for key in ("noise", "states"))

@@ -16,9 +16,9 @@ import jaxtyping
 import pytest
 import typer
 from diffusers import DDIMScheduler, DDPMPipeline
-from probekit.experiments import InvertRun, NoiseMapRun
 
 from probekit import ProbekitError
+from probekit.experiments import InvertRun, NoiseMapRun
 from probekit.report.findings import Findings
 from probekit.runs import engines
 from probekit.runs.experiment import Bench, Experiment, Unit, Work

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from probekit.hooks.errors import ProbekitError
 from torch import Tensor
 
+from probekit.hooks.errors import ProbekitError
 from probekit.metrics import geometry
 from probekit.metrics.geometry import (
     angles,

@@ -12,10 +12,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from probekit.experiments import InvertInterpolate, InvertRun, InvertTrajectory, invert_trajectory
 
 from probekit import ProbekitError, load
 from probekit.data import load_data
+from probekit.experiments import InvertInterpolate, InvertRun, InvertTrajectory, invert_trajectory
 from probekit.runs.folder import Run
 from probekit.sampling import Diffusion, invert, sample
 from probekit.sampling.inversions import INVERSIONS, inverted, restored

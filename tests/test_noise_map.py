@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline
-from probekit.experiments import NoiseMapRun, noise_map_run
 
 from probekit import ProbekitError, load, seeds
+from probekit.experiments import NoiseMapRun, noise_map_run
 from probekit.images import as_pictures, load_png, to_uint8
 from probekit.metrics import geometry
 from probekit.metrics.distributions import share_interval
