@@ -11,9 +11,9 @@ EXPERIMENTS = {
     # "probe-run": "probe_run:ProbeRun",
     "dynamics-flow": "dynamics_flow:DynamicsFlow",
     "dynamics-diffusion": "dynamics_diffusion:DynamicsDiffusion",
-    # "invert-run": "invert_run:InvertRun",
-    # "invert-trajectory": "invert_trajectory:InvertTrajectory",
-    # "invert-interpolate": "invert_interpolate:InvertInterpolate",
+    "invert-run": "invert_run:InvertRun",
+    "invert-trajectory": "invert_trajectory:InvertTrajectory",
+    "invert-interpolate": "invert_interpolate:InvertInterpolate",
     "noise-map-run": "noise_map_run:NoiseMapRun",
 }
 """By the name of the command and of the runs' folder: the module and its class."""
