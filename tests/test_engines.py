@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-import jaxtyping
 import pytest
 import typer
 from diffusers import DDIMScheduler, DDPMPipeline
@@ -26,14 +25,6 @@ from probekit.runs.folder import Run
 from tests.conftest import probekit, process, refused, tiny
 
 RUN = ["noise-map", "run", "--model", "tiny", "--n", "320", "--steps", "2,3", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def rows_of_files() -> Iterator[None]:
-    """What a run compares is read from its files row by row; `geometry`'s annotations know tensors and arrays only."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jaxtyping
 import pandas as pd
 import pytest
 import torch
@@ -27,14 +25,6 @@ from tests.conftest import killed, probekit, refused, tiny
 
 N, SPLITS = 160, 8
 RUN = ["noise-map", "run", "--model", "./tiny", "--n", str(N), "--steps", "3,30", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def rows_of_files() -> Iterator[None]:
-    """What a run compares is read from its files row by row; `geometry`'s annotations know tensors and arrays only."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,7 +18,29 @@ from torch import Tensor
 
 from probekit.hooks.errors import ProbekitError
 
-Rows = Float[Tensor, "_n ..."] | Float[np.ndarray, "_n ..."]
+
+@runtime_checkable
+class OnDisk(Protocol):
+    """Rows (n, ...) that lie in files, of which slices are read: what `nearest` and `margin` ask of them."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """n, then a row's."""
+
+    @property
+    def ndim(self) -> int:
+        """The number of dimensions."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the values."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> np.ndarray: ...
+
+
+Rows = Float[Tensor, "_n ..."] | Float[np.ndarray, "_n ..."] | OnDisk
 
 _ROWS = 256  # rows that are held in float64 at a time
 _COLUMNS = 1024  # pixels whose correlations with all others are held at a time
@@ -281,7 +304,8 @@ def _block(rows: Rows, start: int, size: int, kind: torch.dtype, device: str | t
     """A block of rows, flattened."""
     part = rows[start : start + size]
     if isinstance(part, np.ndarray):
-        part = torch.from_numpy(np.array(part))  # a copy: torch warns of memory maps that cannot be written
+        # a copy of what is a view: torch warns of memory maps that cannot be written
+        part = torch.from_numpy(part if part.base is None else np.array(part))
         base: object = rows
         while isinstance(base, np.ndarray):
             base = base.base

@@ -313,9 +313,6 @@ def _cells(summary: Summary, descriptors: Sequence[str]) -> list[dict[str, Any]]
 
 def _roles_figure(summary: Summary) -> Figure:
     """Transfer of every factor at every layer, with intervals, nulls and the role that follows, in the first window."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle
@@ -367,9 +364,6 @@ def _roles_figure(summary: Summary) -> Figure:
 
 def _layers_figure(run: Run, summary: Summary) -> Figure:
     """O, E and O with each layer taken from E, for the first pair of every factor (figure 5 of the paper)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     window, layers, factors = summary.windows[0], summary.layers, summary.factors
@@ -405,9 +399,6 @@ def _layers_figure(run: Run, summary: Summary) -> Figure:
 
 def _time_figure(summary: Summary) -> Figure:
     """A layer x time map for every factor."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.colors import LinearSegmentedColormap
 

@@ -152,9 +152,6 @@ def _listed(parts: list[str]) -> str:
 
 def _lines(config: dict[str, Any], rows: pd.DataFrame) -> Figure:
     """Figure 6, left, as a picture: accuracy against the number of steps, a panel a direction, the paper's points hollow."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     titles = {TO_NOISE: "given a sample, its noise:  $x^0 \\to x^T$", TO_SAMPLE: "given a noise, its sample:  $x^T \\to x^0$"}
@@ -226,9 +223,6 @@ def _lines(config: dict[str, Any], rows: pd.DataFrame) -> Figure:
 
 def _examples(folder: Path, steps: int) -> Figure:
     """Samples with their own and their nearest noise; beside them, noises whose nearest sample is another's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from PIL import Image
 
