@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
+
 from probekit.experiments.training import OnTraining, step_unit
 from probekit.hooks.errors import ProbekitError
-
 from probekit.runs.experiment import Bench, Findings, Unit, Work
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ class DynamicsFlow(OnTraining):
         from probekit.latents.probes import DEFAULT_LASSO_ALPHA, KINDS, LASSO_ALPHA, fit_probes
         from probekit.metrics.distributions import share_interval
 
-        codes, binary = self.codes, self.labels  # before the checkpoint: it would be loaded twice
+        # before the checkpoint, or it would be loaded twice; a copy, as codes keep the spaces that they encoded, and so the models
+        codes, binary = dataclasses.replace(self.codes), self.labels
         step = int(unit.name.removeprefix("step-"))
         space = self.space_at(step)
         codes.encode(space, bench.advance)

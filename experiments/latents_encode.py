@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from probekit.hooks.errors import ProbekitError
 
+from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Options
 
 

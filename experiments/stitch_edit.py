@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
-from probekit.experiments.spaces import OnSpaces
-from probekit.hooks.errors import ProbekitError
 
+from probekit.experiments.spaces import OnSpaces
 from probekit.files import file_name
+from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Bench, Findings, Unit, Work, names
 
 if TYPE_CHECKING:

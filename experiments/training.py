@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from probekit.hooks.errors import ProbekitError
 
+from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Experiment
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline
-from probekit.experiments import DynamicsFlow
-from probekit.experiments.training import checkpoint_paths
 
 from probekit import ProbekitError, models
 from probekit.data.avatars import Avatars
+from probekit.experiments import DynamicsFlow
+from probekit.experiments.training import checkpoint_paths
 from probekit.images import save_png
 from probekit.models.families import glow
 from probekit.report.dynamics_flow import plateaus
@@ -40,6 +40,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_checkpoint_is_probed_in_order(training: Path, tmp_path: Path) -> None:
     run = ["dynamics", "flow", "--model", training, "--train", "400", "--kind", "ridge", "--out", "run"]
     done = probekit(*run, cwd=tmp_path)
@@ -107,6 +108,7 @@ def test_any_space_of_any_model_is_probed_one_checkpoint_in_memory_at_a_time(
     assert "--space 'noise': cannot encode" in said and not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_shards_in_any_order_give_the_bytes_of_one_run_and_python_the_same_findings(
     training: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

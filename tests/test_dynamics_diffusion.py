@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, VQModel
-from probekit.experiments import DynamicsDiffusion
 from torch import Tensor
 
 from probekit import ProbekitError, load
+from probekit.experiments import DynamicsDiffusion
 from probekit.images import load_png
 from probekit.metrics.similarity import cka
 from probekit.report.dynamics_diffusion import headline, standings
@@ -104,8 +104,9 @@ def test_samples_are_those_of_the_same_noises_and_measures_are_of_the_stored_sam
 
 
 def test_psnr_and_ssim_are_those_of_torchmetrics(folder: Path, rows: pd.DataFrame) -> None:
-    from probekit.experiments.dynamics_diffusion import picture_measures
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    from probekit.experiments.dynamics_diffusion import picture_measures
 
     pictures, final = (states(folder / "whole", step).clamp(-1, 1) for step in (5, 100))
     psnr = peak_signal_noise_ratio(pictures, final, data_range=2.0, reduction="none", dim=(1, 2, 3))
@@ -122,6 +123,7 @@ def test_psnr_and_ssim_are_those_of_torchmetrics(folder: Path, rows: pd.DataFram
     assert ((ours - peer).abs() < 0.01).all() and ((peer - narrow).abs() > 0.03).all()  # they cut the border differently
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(folder: Path) -> None:
     run = folder / "killed"
     first = [run / "units" / f"samples-000000005-{start:07d}.parquet" for start in (0, 64, 128)]
@@ -138,6 +140,7 @@ def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(fol
         assert (run / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_shards_in_any_order_give_the_bytes_of_one_run_and_python_the_same_findings(
     folder: Path, rows: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +161,7 @@ def test_shards_in_any_order_give_the_bytes_of_one_run_and_python_the_same_findi
         assert (folder / "shards" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_checkpoints_are_loaded_once_to_sample_and_never_to_measure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from probekit import models
 
@@ -184,6 +188,7 @@ def test_latent_diffusion_is_compared_by_its_decoded_pictures(ldm_folder: Path, 
     assert shown.shape == (3, 16, 16) and (shown - decoded[3]).abs().max() < 1 / 127
 
 
+@pytest.mark.slow
 def test_captions_make_a_series_too_and_another_caption_is_another_run(tmp_path: Path, tiny_sd: Any) -> None:
     for step in (1, 2):
         tiny_sd.save_pretrained(tmp_path / "my-sd" / f"step-{step}")

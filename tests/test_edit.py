@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from probekit.experiments import StitchEdit
 
 from probekit import ProbekitError
 from probekit.data.avatars import Avatars
+from probekit.experiments import StitchEdit
 from probekit.latents.codes import decode
 from probekit.models import load_space
 from tests.conftest import killed_once, probekit, refused
@@ -61,11 +61,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_direction_carried_from_a_rotated_copy_does_what_ones_own_does(folder: Path) -> None:
     run = [*RUN, "--models", MODELS, "--alpha", "0", "--out", "run"]
     done = probekit(*run, cwd=folder)
     assert done.returncode == 0, done.stderr
-    rows = pd.read_parquet(folder / "run" / "results.parquet").set_index(["target", "source", "attribute", "strength"])
+    rows = (
+        pd.read_parquet(folder / "run" / "results.parquet")
+        .set_index(["target", "source", "attribute", "strength"])
+        .sort_index()
+    )
     half, rotated = "./own.py:Half", "./own.py:Rotated"
     own, carried = rows.loc[half, half], rows.loc[half, rotated]
     assert (own.success - carried.success).abs().max() < 0.05 and (own.cosine - carried.cosine).abs().max() < 1e-3
@@ -85,6 +90,7 @@ def test_a_direction_carried_from_a_rotated_copy_does_what_ones_own_does(folder:
     assert (folder / "run" / "report.html").read_text() == before and "own.py:Rotated (custom" in before
 
 
+@pytest.mark.slow
 def test_shards_in_any_order_give_the_bytes_of_one_run_and_python_the_same_findings(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +114,7 @@ def test_shards_in_any_order_give_the_bytes_of_one_run_and_python_the_same_findi
     pd.testing.assert_frame_equal(two[two.attribute == "Eyeglasses"].reset_index(drop=True), found.rows)
 
 
+@pytest.mark.slow
 def test_an_edit_in_h_space_changes_the_activation_and_leaves_the_rest_of_the_picture(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
