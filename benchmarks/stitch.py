@@ -41,7 +41,7 @@ def synthetic(samples: int, sizes: list[int]) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     factors = rng.standard_normal((samples, 256), dtype=np.float32) * np.arange(1, 257, dtype=np.float32) ** -0.5
     spaces = []
-    for size, power in zip(sizes, itertools.cycle(POWERS)):
+    for size, power in zip(sizes, itertools.cycle(POWERS), strict=False):
         seen = factors @ rng.standard_normal((256, size), dtype=np.float32)
         own = rng.standard_normal((samples, size), dtype=np.float32)
         # a product of reflections: a rotation that costs nothing to make
@@ -62,7 +62,8 @@ def load(asked: argparse.Namespace) -> list[np.ndarray]:
 
 def probekit(spaces: list[np.ndarray]) -> Iterator[Map]:
     """One solver a source."""
-    from probekit.latents.maps import LinearMap, RidgeSolver
+    from probekit.latents.maps import LinearMap
+    from probekit.latents.ridge import RidgeSolver
 
     for i, source in enumerate(spaces):
         solver = RidgeSolver(source)

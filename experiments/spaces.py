@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -25,8 +25,12 @@ FIVE = "avatar-vae,avatar-vqvae,avatar-gan,avatar-flow,avatar-ddpm:noised,avatar
 class OnSpaces(Experiment):
     """An experiment on several latent spaces and the same images in each."""
 
+    baseline: ClassVar[bool] = False
+    """Whether the random encoder, which knows nothing of an image, stands beside the spaces."""
+
     models: Annotated[
-        str, typer.Option(help="Models, MODEL:SPACE or MODEL:SPACE:key=value, separated by commas; file.py:Class for one's own.")
+        str,
+        typer.Option(help="Models, MODEL:SPACE or MODEL:SPACE:key=value, separated by commas; file.py:Class for one's own."),
     ] = FIVE
     data: Annotated[str, typer.Option(help="avatars, scenes, celeba:PATH, folder:PATH or a folder.")] = "avatars"
     train: Annotated[int, typer.Option(min=10, help="Images that maps and probes are fitted on.")] = 9000
@@ -54,7 +58,7 @@ class OnSpaces(Experiment):
         """The spaces that take part. Raises ProbekitError as `load_spaces`."""
         from probekit.models import load_spaces
 
-        return load_spaces(names(self.models, "--models"), device=self.device)
+        return load_spaces(names(self.models, "--models"), device=self.device, baseline=self.baseline)
 
     def space(self, label: str) -> LatentSpace:
         """One of them, by how it was asked for."""
@@ -76,15 +80,21 @@ class OnSpaces(Experiment):
     def encode_units(self, pairs: Sequence[tuple[LatentSpace, str]]) -> list[Unit]:
         """A unit for each space and set of images in which it is needed, so that encoding is seen, and shared by workers.
 
-        They give nothing but the latents on the disk; a unit that needs latents which are not there encodes them itself.
+        They give nothing but the latents on the disk; a unit that needs latents which are not there encodes them itself. Where
+        the images are a space's own samples there is nothing to encode.
         """
-        wanted = dict.fromkeys((str(space), name) for space, name in pairs)
-        return [Unit(f"encode {label} of {name}", len(self.sets[name].numbers)) for label, name in wanted]
+        wanted = {encode_unit(space, name): self.sets[name] for space, name in pairs if not self.sets[name].draws(space)}
+        return [Unit(unit, len(codes.numbers)) for unit, codes in wanted.items()]
 
     def encode_work(self, unit: Unit, bench: Bench) -> Work:
         """One of `encode_units`."""
         for name, codes in self.sets.items():
             for space in self.spaces:
-                if unit.name == f"encode {space} of {name}":
+                if unit.name == encode_unit(space, name):
                     codes.encode(space, bench.advance)
         return Work()
+
+
+def encode_unit(space: LatentSpace, name: str) -> str:
+    """The name of the unit that encodes a set of images in a space."""
+    return f"encode {space} of {name}"

@@ -2,85 +2,189 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import typer
-from probekit.experiments.edit import edit
-from probekit.experiments.places import (
-    MODELS,
-    Alpha,
-    Codes,
-    Data,
-    Device,
-    Models,
-    Out,
-    Place,
-    Seed,
-    Test,
-    Train,
-    encode_all,
-    image_sets,
-    load_places,
-    penalty,
-    progress,
-)  # fmt: skip
-
+from probekit.experiments.spaces import OnSpaces, encode_unit
 from probekit.hooks.errors import ProbekitError
+from probekit.runs.experiment import Bench, Findings, Unit, Work
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
+    from torch import Tensor
 
-    from probekit.latents.maps import RidgeSolver
-    from probekit.runs import Run
-
-app = typer.Typer(help="Map one model's latent space into another's by a linear map.", no_args_is_help=True)
-
-app.command()(edit)
+    from probekit.latents import LatentSpace
+    from probekit.latents.codes import Codes
+    from probekit.latents.ridge import RidgeSolver
+    from probekit.runs.folder import Run
 
 EXAMPLES = 8
 """Test pictures that are kept as pictures."""
 COMPARED = 2000
 """Images of which spaces are compared without a map."""
+INCEPTION, ALEXNET = "FID, 64 features", "fd-alexnet"
+"""The Fréchet distances: the paper's, and what is had without its weights."""
 
-Planned = tuple[str, Place, Place, str, Codes]
-"""A unit's name, source, target, the images' name and their codes."""
 
-
-@app.command()
-def run(
-    models: Models = MODELS,
-    data: Data = "avatars",
-    train: Train = 9000,
-    test: Test = 100,
-    alpha: Alpha = "loo",
-    seed: Seed = 0,
-    device: Device = "auto",
-    out: Out = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class StitchRun(OnSpaces):
     """Stitch every model's encoder to every other's decoder, and measure what is left of the picture."""
-    from probekit.runs import Run, default_folder
 
-    penalty(alpha, "vae", "vae")  # refuses what is no penalty before anything is computed
-    places = load_places(models, device, baseline=True)
-    if all(place.space.decoder is None for place in places):
-        raise ProbekitError(f"--models {models!r}: none of them can decode")
-    sets = image_sets(places, data, train, test, seed)
-    distance = frechet_distance()
-    options: dict[str, Any] = {
-        "models": {p.name: f"{p.model.family} {p.model.digest}" for p in places}, "data": data,
-        "data_digest": {name: codes.data.digest for name, codes in sets.items()}, "train": train, "test": test,
-        "alpha": alpha, "frechet": distance, "seed": seed,
-    }  # fmt: skip
-    folder = out or default_folder("stitch-run", Path(data).name, options)
-    opened = Run(folder, "stitch-run", options, sys.argv)
-    rows = stitch_all(opened, places, sets)
-    show(folder, opened.config | {"command": sys.argv}, rows)
+    name: ClassVar[str] = "stitch-run"
+    baseline: ClassVar[bool] = True
+
+    @functools.cached_property
+    def sets(self) -> dict[str, Codes]:
+        """The data set, and the samples of each space that cannot encode. Raises ProbekitError where no space can decode."""
+        from probekit.latents.codes import code_sets
+
+        if all(space.decoder is None for space in self.spaces):
+            raise ProbekitError(f"--models {self.models!r}: none of them can decode")
+        return code_sets(self.spaces, self.data, self.train, self.test, self.seed)
+
+    def inputs(self) -> dict[str, Any]:
+        """The fingerprints of spaces and images, and the Fréchet distance that can be had here."""
+        return super().inputs() | {"frechet": frechet_distance()}
+
+    def plan(self) -> list[Unit]:
+        """Encoding, then every pair; one source and set after another, so that one factorization serves all its targets."""
+        pairs = sorted(self._pairs(), key=lambda pair: (self.spaces.index(pair[0]), list(self.sets).index(pair[2])))
+        both = [(space, name) for source, target, name in pairs for space in (source, target)]
+        encoding = self.encode_units(both)
+        there = {unit.name for unit in encoding}
+        units = []
+        for source, target, name in pairs:
+            needs = dict.fromkeys(encode_unit(space, name) for space in (source, target))
+            units.append(
+                Unit(
+                    pair_unit(source, target),
+                    # a map, and pictures to decode and to compare
+                    10 * self.test,
+                    needs=tuple(need for need in needs if need in there),
+                    group=f"from {source}, {name}",
+                )
+            )
+        return [*encoding, *units]
+
+    def work(self, unit: Unit, bench: Bench) -> Work:
+        """A set's latents in a space, or a pair of spaces: map, decode and measure; a space's own latents need no map.
+
+        A row a measure: its value with the 95% bootstrap interval over `n` images, of that set of images, which may be
+        `drawn_by` a space; `alpha` is the map's penalty. Latent errors are of the map; RMSE, of pixels in [0, 1], LPIPS and the
+        Fréchet distance of the pictures; CKA and mutual 10-NN compare the two spaces without any map. Pictures: the first
+        decoded ones by number, and the `true-` ones.
+        """
+        for source, target, name in self._pairs():
+            if unit.name == pair_unit(source, target):
+                return self._stitch(source, target, name, self.sets[name])
+        return self.encode_work(unit, bench)
+
+    def _pairs(self) -> Iterator[tuple[LatentSpace, LatentSpace, str]]:
+        """(source, target, set's name): every source with every target that decodes, its own included.
+
+        A pair with a space that cannot encode takes the set of its samples; two such spaces have no images in common. Samples
+        have no captions.
+        """
+        data = next(name for name, codes in self.sets.items() if codes.drawn_by is None)
+        drawn = {str(codes.drawn_by): name for name, codes in self.sets.items() if codes.drawn_by is not None}
+        for source in self.spaces:
+            for target in self.spaces:
+                blind = {str(space) for space in (source, target) if space.encoder is None}
+                worded = any(space.takes == "captions" for space in (source, target))
+                if target.decoder is not None and len(blind) <= 1 and not (blind and worded):
+                    yield source, target, drawn[blind.pop()] if blind else data
+
+    @functools.cached_property
+    def _solver(self) -> Callable[[str, str], RidgeSolver]:
+        """The factorization of a source and set; the last is kept, which is large."""
+        from probekit.latents.ridge import RidgeSolver
+
+        @functools.lru_cache(maxsize=1)
+        def made(source: str, name: str) -> RidgeSolver:
+            return RidgeSolver(self.sets[name].of(self.space(source), "train"))
+
+        return made
+
+    @functools.cached_property
+    def _true(self) -> Callable[[str], tuple[Tensor, np.ndarray]]:
+        """A set's test pictures, and their features; the last sets' are kept."""
+
+        @functools.lru_cache(maxsize=2)
+        def made(name: str) -> tuple[Tensor, np.ndarray]:
+            pictures = self.sets[name].images("test")
+            return pictures, features(pictures, frechet_distance())
+
+        return made
+
+    def _stitch(self, source: LatentSpace, target: LatentSpace, name: str, codes: Codes) -> Work:
+        import numpy as np
+
+        from probekit.latents.codes import decode
+        from probekit.latents.maps import LinearMap
+        from probekit.metrics import lpips
+        from probekit.metrics.distributions import bootstrap, frechet
+        from probekit.metrics.similarity import cka, mutual_knn
+
+        wanted = codes.of(target, "test")
+        errors: dict[str, np.ndarray] = {}
+        alike: dict[str, float] = {}
+        alpha = float("nan")
+        if source is target:
+            mapped = wanted
+        else:
+            here, truth = (codes.of(space, "train") for space in (source, target))
+            fitted = LinearMap(self.penalty(source.family, target.family)).fit(self._solver(str(source), name), truth)
+            alpha = fitted.alpha_
+            mapped = fitted.predict(codes.of(source, "test")).astype(np.float32)
+            errors["latent MSE, train"] = ((fitted.predict(here) - truth) ** 2).mean(1)
+            errors["latent MSE, test"] = ((mapped - wanted) ** 2).mean(1)
+            errors["latent error over variance, test"] = errors["latent MSE, test"] / truth.var(0).mean()
+            near = min(10, len(here[:COMPARED]) - 1)
+            alike["CKA"] = cka(here[:COMPARED], truth[:COMPARED])
+            alike["mutual 10-NN"] = mutual_knn(here[:COMPARED], truth[:COMPARED], k=near)
+        # nothing of the true pictures goes in: a space that holds a part only is decoded with the rest that it has by default
+        images = decode(target, mapped)
+        true, of_true = self._true(name)
+        errors["RMSE"] = ((images - true) / 2).square().mean((1, 2, 3)).sqrt().numpy()
+        errors["LPIPS"] = lpips.distances(images, true).numpy()
+        distance = frechet_distance()
+        of_images = features(images, distance)
+        measured = {what: (*bootstrap(values, seed=self.seed), len(values)) for what, values in errors.items()}
+        resampled = bootstrap(lambda rows: frechet(of_images[rows], of_true[rows]), len(images), seed=self.seed, resamples=100)
+        measured[distance] = (*resampled, len(images))
+        # without any map: how alike the two spaces see the same images
+        measured |= {what: (value, np.nan, np.nan, min(COMPARED, self.train)) for what, value in alike.items()}
+        told = {
+            "source": str(source),
+            "target": str(target),
+            "images": name,
+            "drawn_by": str(codes.drawn_by or ""),
+            "alpha": alpha,
+        }
+        rows = [
+            told | {"measure": what, "value": value, "low": low, "high": high, "n": n}
+            for what, (value, low, high, n) in measured.items()
+        ]
+        pictures = {f"{i}": images[i] for i in range(min(EXAMPLES, len(images)))}
+        pictures |= {f"true-{i}": true[i] for i in range(min(EXAMPLES, len(true)))}
+        return Work(rows, pictures)
+
+    def findings(self, run: Run, rows: pd.DataFrame) -> Findings:
+        """What comes through the maps."""
+        from probekit.report.stitching import findings
+
+        return findings(run, rows)
 
 
+def pair_unit(source: LatentSpace, target: LatentSpace) -> str:
+    """The name of a pair's unit."""
+    return f"{source}--{target}"
+
+
+@functools.cache
 def frechet_distance() -> str:
     """The Fréchet distance that can be had: FID with the paper's 64 features, or fd-alexnet."""
     import torch
@@ -90,110 +194,12 @@ def frechet_distance() -> str:
     try:
         inception_features(torch.zeros(1, 3, 32, 32), 64)
     except ProbekitError:
-        return "fd-alexnet"
-    return "FID, 64 features"
+        return ALEXNET
+    return INCEPTION
 
 
-def pairs(places: list[Place], sets: dict[str, Codes]) -> Iterator[tuple[Place, Place, str, Codes]]:
-    """(source, target, set's name, set): every source with every target that decodes, its own included.
+def features(images: Tensor, distance: str) -> np.ndarray:
+    """What that Fréchet distance compares of images (n, 3, h, w): (n, d)."""
+    from probekit.metrics.distributions import alexnet_features, inception_features
 
-    A pair with a model that cannot encode takes the set of its samples; two such models have no images in common.
-    """
-    drawn = {codes.drawn_by.name: (name, codes) for name, codes in sets.items() if codes.drawn_by is not None}
-    data = next((name, codes) for name, codes in sets.items() if codes.drawn_by is None)
-    for source in places:
-        for target in places:
-            blind = {p.name for p in (source, target) if p.space.encoder is None}
-            if target.space.decoder is not None and len(blind) <= 1:
-                yield (source, target, *(drawn[blind.pop()] if blind else data))
-
-
-def stitch_all(opened: Run, places: list[Place], sets: dict[str, Codes]) -> pd.DataFrame:
-    """Every pair that is not finished yet; then all rows."""
-    from probekit.latents.maps import RidgeSolver
-
-    planned: list[Planned] = [(unit_name(s, t), s, t, name, codes) for s, t, name, codes in pairs(places, sets)]
-    waiting = [unit for unit in planned if not opened.finished(unit[0])]
-    encode_all([(place, codes) for _, *both, _, codes in waiting for place in both])
-    # one source and set after another, so that one factorization serves all its targets
-    waiting.sort(key=lambda unit: (unit[1].name, unit[3]))
-    solver: RidgeSolver | None = None
-    at: tuple[str, str] | None = None
-    with progress("stitching", len(planned), done=len(planned) - len(waiting)) as advance:
-        for unit, source, target, name, codes in waiting:
-            if at != (source.name, name):
-                at, solver = (source.name, name), RidgeSolver(codes.of(source, "train"))
-            assert solver is not None
-            _stitch(opened, unit, source, target, name, codes, solver)
-            advance(1)
-    return opened.collect([p[0] for p in planned])
-
-
-def unit_name(source: Place, target: Place) -> str:
-    """The name of a pair's file."""
-    from probekit.runs import file_name
-
-    return file_name(f"{source.name}--{target.name}")
-
-
-def _stitch(opened: Run, unit: str, source: Place, target: Place, name: str, codes: Codes, solver: RidgeSolver) -> None:
-    """Map, decode and measure one pair; a space is decoded from its own latents, without a map."""
-    import numpy as np
-    import pandas as pd
-    import torch
-
-    from probekit.latents.maps import LinearMap
-    from probekit.metrics import lpips
-    from probekit.metrics.distributions import alexnet_features, bootstrap, frechet, inception_features
-    from probekit.metrics.similarity import cka, mutual_knn
-
-    options = opened.config["options"]
-    wanted = codes.of(target, "test")
-    errors: dict[str, np.ndarray] = {}
-    alpha = float("nan")
-    if source is target:
-        mapped = wanted
-    else:
-        truth = codes.of(target, "train")
-        fitted = LinearMap(penalty(options["alpha"], source.model.family, target.model.family)).fit(solver, truth)
-        alpha = fitted.alpha_
-        mapped = fitted.predict(codes.of(source, "test")).astype(np.float32)
-        errors["latent MSE, train"] = ((fitted.predict(codes.of(source, "train")) - truth) ** 2).mean(1)
-        errors["latent MSE, test"] = ((mapped - wanted) ** 2).mean(1)
-        errors["latent error over variance, test"] = errors["latent MSE, test"] / truth.var(0).mean()
-    with torch.no_grad():
-        shaped = torch.from_numpy(mapped).reshape(-1, *target.space.shape)
-        images = torch.cat([target.space.decode(part) for part in torch.split(shaped, 50)])
-        true = codes.data.images(codes.test)
-        errors["RMSE"] = ((images - true) / 2).square().mean((1, 2, 3)).sqrt().numpy()
-        errors["LPIPS"] = lpips.distances(images, true).numpy()
-    features = alexnet_features if options["frechet"] == "fd-alexnet" else lambda x: inception_features(x, 64)
-    one, two = features(images).numpy(), features(true).numpy()
-    drawn_by = "" if codes.drawn_by is None else codes.drawn_by.name
-    measured = {what: (*bootstrap(values, seed=options["seed"]), len(values)) for what, values in errors.items()}
-    resampled = bootstrap(lambda rows: frechet(one[rows], two[rows]), len(one), seed=options["seed"], resamples=100)
-    measured[options["frechet"]] = (*resampled, len(one))
-    if source is not target:
-        # without any map: of how alike the two spaces see the same images
-        here, there = (codes.of(place, "train")[:COMPARED] for place in (source, target))
-        alike = {"CKA": cka(here, there), "mutual 10-NN": mutual_knn(here, there, k=min(10, len(here) - 1))}
-        measured |= {what: (value, float("nan"), float("nan"), len(here)) for what, value in alike.items()}
-    rows = [
-        {"source": source.name, "target": target.name, "images": name, "drawn_by": drawn_by, "alpha": alpha, "measure": what,
-         "value": value, "low": low, "high": high, "n": n}
-        for what, (value, low, high, n) in measured.items()
-    ]  # fmt: skip
-    pictures = {f"{i}": images[i] for i in range(min(EXAMPLES, len(images)))}
-    pictures |= {f"true-{i}": true[i] for i in range(min(EXAMPLES, len(true)))}
-    opened.write(unit, pd.DataFrame(rows), pictures)
-
-
-def show(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> None:
-    """Write the report of a finished run and print its result."""
-    from probekit.report.stitching import print_measures, write_report
-    from probekit.runs import writing
-
-    with writing(folder):
-        report = write_report(folder, config, rows)
-    print_measures(rows)
-    typer.echo(f"\nreport: {report}")
+    return (alexnet_features(images) if distance == ALEXNET else inception_features(images, 64)).numpy()

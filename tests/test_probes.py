@@ -4,17 +4,22 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.linear_model import Lasso, LogisticRegression, Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from probekit.hooks.errors import ProbekitError
 from probekit.latents.probes import (
+    C_OF_CLASSES,
     DEFAULT_LASSO_ALPHA,
     HELD_OUT,
     LASSO_ALPHA,
     LEAST,
+    Probes,
+    balanced_accuracy,
     fit_probes,
     percent_change,
     percent_match,
-    probe_values,
+    probe_numbers,
 )
 
 N, D = 1200, 24
@@ -153,38 +158,110 @@ def test_probes_refuse_bad_input() -> None:
     with pytest.raises(ProbekitError, match="latents of 3 values: the probes read 24"):
         fit_probes(LATENTS, LABELS).predict(LATENTS[:, :3])
     with pytest.raises(ProbekitError, match="label 'Even': of bool"):
-        probe_values(LATENTS, LABELS)
+        probe_numbers(LATENTS, LABELS)
+    with pytest.raises(ProbekitError, match="of something else, or damaged"):
+        Probes.of_arrays({"coefficients": np.zeros((1, 2)), "told": np.frombuffer(b"{", np.uint8)})
 
 
 # --- numbers and classes -----------------------------------------------------------------------------------------------
 
+LINE = LATENTS @ DIRECTIONS[1]
+CLASSES = pd.DataFrame(
+    {
+        "Third": pd.Categorical(np.select([LINE < -0.4, LINE > 0.4], ["left", "right"], "middle")),
+        "Side": pd.Series(np.where(LINE > 0, "up", "down"), dtype=object).where(np.arange(N) % 4 > 0),
+        "Lot": DRAW.choice(["a", "b", "c"], p=[0.6, 0.2, 0.2], size=N),
+        "Same": pd.Categorical(["x"] * N),
+        "Name": [f"image {i}" for i in range(N)],
+        "Unknown": pd.Series([None] * N, dtype=object),
+    }
+)
 
-def test_numbers_and_classes_are_read_where_they_are_linear() -> None:
-    line = LATENTS @ DIRECTIONS[1]
-    known = np.where(np.arange(N) % 6 == 0, np.nan, 30 + 10 * line)
-    labels = pd.DataFrame(
-        {
-            "Age": known,
-            "Dice": DRAW.integers(6, size=N).astype(float),
-            "Third": pd.Categorical(np.select([line < -0.4, line > 0.4], ["left", "right"], "middle")),
-            "Lot": DRAW.choice(["a", "b", "c"], p=[0.6, 0.2, 0.2], size=N),
-            "Same": pd.Categorical(["x"] * N),
-            "Unknown": np.full(N, np.nan),
-        }
-    )
-    scores = probe_values(LATENTS, labels).set_index("label")
+
+def test_numbers_are_read_where_they_are_linear() -> None:
+    known = np.where(np.arange(N) % 6 == 0, np.nan, 30 + 10 * LINE)
+    dice = DRAW.integers(6, size=N).astype(float)
+    labels = pd.DataFrame({"Age": known, "Dice": dice, "One": np.ones(N), "Unknown": np.full(N, np.nan)})
+    scores = probe_numbers(LATENTS, labels).set_index("label")
     assert list(scores.index) == list(labels)
-    assert scores.measure.tolist() == ["r2", "r2", "accuracy", "accuracy", "accuracy", "r2"]
     assert scores.score["Age"] > 0.95 and abs(scores.baseline["Age"]) < 0.05
     assert scores.train["Age"] + scores.test["Age"] == np.isfinite(known).sum() and scores.test["Age"] == 200
     assert scores.score["Dice"] < 0.1
-    assert scores.score["Third"] > 0.75 > 0.5 > scores.baseline["Third"]
-    assert scores.baseline["Lot"] == pytest.approx(0.6, abs=0.1)
-    assert scores.score["Lot"] == pytest.approx(scores.baseline["Lot"], abs=0.1)
-    assert scores.skipped["Same"] == "the training latents all have the same"
+    assert scores.skipped["One"] == "the training latents all have the same"
     assert scores.skipped["Unknown"] == f"0 labels are known, {LEAST} are needed"
-    assert (scores.skipped[["Age", "Dice", "Third", "Lot"]] == "").all()
-    pd.testing.assert_frame_equal(scores, probe_values(LATENTS, labels, jobs=1).set_index("label"))
+    assert (scores.skipped[["Age", "Dice"]] == "").all()
+    pd.testing.assert_frame_equal(scores, probe_numbers(LATENTS, labels, jobs=1).set_index("label"))
+
+
+def test_classes_are_read_where_they_are_linear() -> None:
+    probes = fit_probes(LATENTS, CLASSES)
+    scores = probes.scores.set_index("attribute")
+    assert probes.attributes == ["Third", "Side", "Lot"] and scores.converged.all()
+    assert probes.classes == {"Third": ["left", "middle", "right"], "Side": ["down", "up"], "Lot": ["a", "b", "c"]}
+    assert scores.accuracy["Third"] > 0.75 > 0.5 > scores.baseline["Third"]
+    assert scores.accuracy["Side"] > 0.9 and scores.test["Side"] == N * 3 // 4 // 5
+    assert scores.baseline["Lot"] == pytest.approx(0.6, abs=0.1)
+    assert scores.accuracy["Lot"] == pytest.approx(scores.baseline["Lot"], abs=0.1)
+    assert probes.skipped == {
+        "Same": "the training latents all have the same",
+        "Name": f"{N} classes among {N} images, of which 2 a class are needed",
+        "Unknown": f"0 labels are known, {LEAST} are needed",
+    }
+
+
+@pytest.mark.parametrize("label", ["Third", "Side"])
+def test_a_class_s_probe_is_scikit_learns(label: str) -> None:
+    both = pd.concat([LABELS[["Even"]], CLASSES[["Lot", label]], LABELS[["Coin"]]], axis=1)
+    probes = fit_probes(LATENTS, both)
+    column = probes.attributes.index(label)
+    test, known = probes.held_out[column], np.flatnonzero(CLASSES[label].notna())
+    train = np.setdiff1d(known, test)
+    assert len(train) + len(test) == len(known) and set(test) <= set(known)
+    peer = make_pipeline(StandardScaler(), LogisticRegression(C=C_OF_CLASSES, max_iter=1000))
+    peer.fit(LATENTS[train], CLASSES[label].to_numpy()[train].astype(str))
+    said = probes.predict(LATENTS)[:, column]
+    assert (np.array(probes.classes[label])[said] == peer.predict(LATENTS)).mean() > 0.999
+    right = said[test] == probes.truth(both)[test, column]
+    assert probes.scores.accuracy[column] == pytest.approx(right.mean())
+    # and the attributes beside it are read as if they were alone
+    alone = fit_probes(LATENTS, LABELS[["Even", "Coin"]])
+    assert np.array_equal(probes.predict(LATENTS)[:, [0, 3]], alone.predict(LATENTS))
+
+
+def test_classes_have_directions_too() -> None:
+    probes = fit_probes(LATENTS, CLASSES[["Third"]])
+    assert probes.directions.shape == (3, D)
+    for number in (0, 2):  # whichever way one goes from the middle, it ends
+        assert (probes.predict(LATENTS[:20] + 50 * probes.directions[number])[:, 0] == number).all()
+
+
+def test_what_is_right_of_an_image_is_not_known_where_its_class_is_new() -> None:
+    labels = pd.concat([LABELS[["Even"]], CLASSES[["Third", "Side"]]], axis=1)
+    probes = fit_probes(LATENTS, labels)
+    shown = pd.DataFrame({"Even": [True, False], "Third": ["right", "below"], "Side": [None, "up"]})
+    assert probes.truth(shown).tolist() == [[1, 2, -1], [0, -1, 1]]
+
+
+def test_probes_are_kept_as_arrays() -> None:
+    labels = pd.concat([LABELS, CLASSES], axis=1)
+    for some in (labels, LABELS[["Never"]], LABELS[["Even"]]):
+        probes = fit_probes(LATENTS, some)
+        again = Probes.of_arrays(probes.to_arrays())
+        for name in ("kind", "alpha", "attributes", "classes", "skipped"):
+            assert getattr(again, name) == getattr(probes, name), name
+        assert again.scores.to_dict("list") == probes.scores.to_dict("list")
+        assert np.array_equal(again.predict(LATENTS), probes.predict(LATENTS))
+        assert [rows.tolist() for rows in again.held_out] == [rows.tolist() for rows in probes.held_out]
+
+
+def test_balanced_accuracy_is_scikit_learns_over_what_is_known() -> None:
+    from sklearn.metrics import balanced_accuracy_score
+
+    real, said = DRAW.integers(-1, 4, size=(300, 2)), DRAW.integers(0, 4, size=(300, 2))
+    real[:, 1] = np.where(real[:, 1] < 0, -1, 0)  # all the same
+    known = real[:, 0] >= 0
+    measured = balanced_accuracy(said, real)
+    assert measured[0] == pytest.approx(balanced_accuracy_score(real[known, 0], said[known, 0])) and np.isnan(measured[1])
 
 
 # --- the paper's two measures ------------------------------------------------------------------------------------------

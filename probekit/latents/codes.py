@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,8 +23,8 @@ from probekit.latents.store import LatentStore, default_folder
 class Codes:
     """One set of images, split for maps and probes, and its latents in any space.
 
-    train, test: numbers of images. drawn_by: where a space cannot encode, the images are its own samples, and what they are drawn
-    from is their code (All Roads, A.4).
+    train, test: numbers of images. drawn_by: where a space cannot encode, the images are its own samples, and what they are
+    drawn from is their code (All Roads, A.4).
     """
 
     data: Dataset
@@ -39,7 +40,7 @@ class Codes:
 
     def encode(self, space: LatentSpace, on_block: Callable[[int], None] = lambda images: None) -> None:
         """Encode what is not yet; on_block is told how many images each block held."""
-        if not self._draws(space):
+        if not self.draws(space):
             self._store(space).encode(self.numbers, on_block)
 
     def of(self, space: LatentSpace, part: str) -> Float[np.ndarray, "n d"]:
@@ -48,7 +49,7 @@ class Codes:
         Raises ProbekitError, naming the space, for latents that do not vary.
         """
         index = self.train if part == "train" else self.test
-        if self._draws(space):
+        if self.draws(space):
             assert isinstance(self.data, Samples)
             latents = self.data.latents(index).flatten(1).numpy()
         else:
@@ -63,11 +64,19 @@ class Codes:
         """The pictures of the part `train` or `test`."""
         return self.data.images(self.train if part == "train" else self.test)
 
-    def _draws(self, space: LatentSpace) -> bool:
+    def draws(self, space: LatentSpace) -> bool:
+        """Whether the images are the space's own samples, so that there is nothing to encode."""
         return self.drawn_by is not None and self.drawn_by.digest == space.digest
 
+    @functools.cached_property
+    def _stores(self) -> dict[str, LatentStore]:
+        return {}
+
     def _store(self, space: LatentSpace) -> LatentStore:
-        return LatentStore(default_folder(space, self.data, self.seed), space, self.data, seed=self.seed)
+        if space.digest not in self._stores:
+            folder = default_folder(space, self.data, self.seed)
+            self._stores[space.digest] = LatentStore(folder, space, self.data, seed=self.seed)
+        return self._stores[space.digest]
 
 
 def code_sets(

@@ -19,7 +19,7 @@ from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from probekit.hooks.errors import ProbekitError
-from probekit.latents.ridge import Block, Moments, RidgeSolver, Target, checked, penalties, refuse_constant, row_blocks, square_norms
+from probekit.latents.ridge import Moments, RidgeSolver, Target, checked, penalties, refuse_constant, row_blocks, square_norms
 
 PAPER_ALPHAS = {
     ("ddpm", "stylegan2"): 2000.0,

@@ -1,21 +1,16 @@
-"""Linear probes: what can be read off the latents of a space by a hyperplane."""
+"""Linear probes: what can be read off the latents of a space by hyperplanes."""
 
 from __future__ import annotations
 
-import io
 import json
 import warnings
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from zipfile import BadZipFile
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64, Shaped
 
-from probekit.files import write_whole
 from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
@@ -27,11 +22,14 @@ LASSO_ALPHA = {"vae": 0.005, "vqvae": 0.005, "ddpm": 0.02, "glow": 0.1}
 DEFAULT_LASSO_ALPHA = 0.005
 """For the families that the paper does not probe, stylegan2 among them: its least."""
 
+C_OF_CLASSES = 0.1
+"""1 over the weight of the L2 penalty of probes of classes, of latents whose values have unit variance."""
+
 LEAST = 10
-"""A class of fewer examples is not probed: of these, 8 would train and 2 test."""
+"""An attribute with fewer examples of either kind is not probed: of these, 8 would train and 2 test."""
 
 HELD_OUT = 100
-"""Test examples of each class, where there are as many."""
+"""Test examples with and without an attribute, where there are as many."""
 
 Kind = Literal["lasso", "logistic", "ridge"]
 KINDS: tuple[Kind, ...] = ("lasso", "logistic", "ridge")
@@ -39,66 +37,98 @@ KINDS: tuple[Kind, ...] = ("lasso", "logistic", "ridge")
 
 @dataclass(frozen=True, eq=False)
 class Probes:
-    """One probe for each binary attribute that has examples enough, all of one space.
+    """One probe for each label of one space that has examples enough: of attributes, which are there or not, and of classes.
 
-    kind, alpha: as fitted. attributes: the a names, which are the columns and rows of all else.
-    scores: one row an attribute: `attribute`, `accuracy` in [0, 1] on `test` latents, half of which have the attribute, `train`
-    latents, how many coefficients are not 0 (`nonzero`; a Lasso of too large an alpha has none and stays at chance), and
-    whether the solver `converged`.
-    coefficients, intercepts: of the regression on labels 0 and 1, or of the logit.
-    held_out: for each attribute the rows that were its test latents.
-    skipped: the attributes without a probe, and why.
+    kind, alpha: of the attributes' probes, as fitted. attributes: the a labels, in order. classes: of those that are classes,
+    the names that a probe may say, in the order of its numbers.
+    scores: one row a label: `attribute`, `accuracy` in [0, 1] on `test` held-out latents, `baseline` (what always the same
+    answer scores there: 0.5 for attributes, half of whose test latents have it), `train` latents, how many coefficients are
+    not 0 (`nonzero`; a Lasso of too large an alpha has none and stays at chance), and whether the solver `converged`.
+    coefficients, intercepts: one row an attribute, of the regression on labels 0 and 1 or of the logit; a row a class, of the
+    logit, for classes.
+    held_out: for each label the rows that were its test latents.
+    skipped: the labels without a probe, and why.
     """
 
     kind: Kind
     alpha: float
     attributes: list[str]
+    classes: dict[str, list[str]]
     scores: pd.DataFrame
-    coefficients: Float[np.ndarray, "a d"]
-    intercepts: Float[np.ndarray, " a"]
+    coefficients: Float[np.ndarray, "rows d"]
+    intercepts: Float[np.ndarray, " rows"]
     held_out: list[np.ndarray]
     skipped: dict[str, str]
 
-    def predict(self, latents: Float[np.ndarray, "n d"]) -> Bool[np.ndarray, "n a"]:
-        """Which latents have which attribute, as the probes see it. Raises ProbekitError for another d.
+    def predict(self, latents: Float[np.ndarray, "n d"]) -> Int64[np.ndarray, "n a"]:
+        """What the probes say: 1 or 0 of an attribute, the number in `classes` of a class. Raises ProbekitError for another d.
 
         The regressions say yes above one half: the paper rounds, by which a prediction above 1.5 would be neither.
         """
         latents = _checked(latents, len(latents))
         if latents.shape[1] != self.coefficients.shape[1]:
             raise ProbekitError(f"latents of {latents.shape[1]} values: the probes read {self.coefficients.shape[1]}")
-        return latents @ self.coefficients.T + self.intercepts > (0 if self.kind == "logistic" else 0.5)
+        values = latents @ self.coefficients.T + self.intercepts
+        said, first = np.empty((len(latents), len(self.attributes)), dtype=np.int64), 0
+        for column, name in enumerate(self.attributes):
+            if name in self.classes:
+                last = first + len(self.classes[name])
+                said[:, column] = values[:, first:last].argmax(1)
+            else:
+                last = first + 1
+                said[:, column] = values[:, first] > (0 if self.kind == "logistic" else 0.5)
+            first = last
+        return said
 
-    def save(self, file: Path) -> None:
-        """Write to a .npz file, whole or not at all."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        told = {"kind": self.kind, "alpha": self.alpha, "attributes": self.attributes, "skipped": self.skipped,
-                "scores": self.scores.to_dict("list")}  # fmt: skip
-        arrays: dict[str, Any] = {f"held_out_{i}": rows for i, rows in enumerate(self.held_out)}
-        arrays |= {"told": np.array(json.dumps(told)), "coefficients": self.coefficients, "intercepts": self.intercepts}
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)
-        write_whole(file, buffer.getvalue())
+    def truth(self, labels: pd.DataFrame) -> Int64[np.ndarray, "n a"]:
+        """What `predict` should say of images with these labels; -1 where it is not known, or a class not trained on."""
+        real = np.empty((len(labels), len(self.attributes)), dtype=np.int64)
+        for column, name in enumerate(self.attributes):
+            if name in self.classes:
+                number = {known: i for i, known in enumerate(self.classes[name])}
+                real[:, column] = [number.get(str(value), -1) for value in labels[name]]
+            else:
+                real[:, column] = labels[name]
+        return real
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """All of it as arrays by name, as a run's folder keeps them."""
+        told = {
+            "kind": self.kind,
+            "alpha": self.alpha,
+            "attributes": self.attributes,
+            "classes": self.classes,
+            "skipped": self.skipped,
+            "scores": self.scores.to_dict("list"),
+            "held_out": [len(rows) for rows in self.held_out],
+        }
+        return {
+            "coefficients": self.coefficients,
+            "intercepts": self.intercepts,
+            "held_out": np.concatenate([np.empty(0, dtype=np.int64), *self.held_out]),
+            "told": np.frombuffer(json.dumps(told).encode(), dtype=np.uint8),
+        }
 
     @classmethod
-    def load(cls, file: Path) -> Probes:
-        """Read what `save` wrote. Raises ProbekitError for a file that is damaged."""
+    def of_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Probes:
+        """The probes that `to_arrays` gave. Raises ProbekitError for arrays of something else."""
         import pandas as pd
 
         try:
-            with np.load(file) as kept:
-                told = json.loads(str(kept["told"]))
-                held_out = [kept[f"held_out_{i}"] for i in range(len(told["attributes"]))]
-                scores = pd.DataFrame(told.pop("scores"))
-                return cls(
-                    **told, scores=scores, coefficients=kept["coefficients"], intercepts=kept["intercepts"], held_out=held_out
-                )
-        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
-            raise ProbekitError(f"probes {str(file)!r}: damaged; delete the file and its run") from error
+            told = json.loads(np.asarray(arrays["told"]).tobytes())
+            held_out = np.split(np.asarray(arrays["held_out"]), np.cumsum(told.pop("held_out"))[:-1].astype(int))
+            return cls(
+                **told | {"scores": pd.DataFrame(told["scores"])},
+                coefficients=np.asarray(arrays["coefficients"]),
+                intercepts=np.asarray(arrays["intercepts"]),
+                held_out=held_out[: len(told["attributes"])],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ProbekitError(f"probes: the arrays {', '.join(sorted(arrays))} are of something else, or damaged") from error
 
     @property
-    def directions(self) -> Float[np.ndarray, "a d"]:
-        """Unit vectors along which each attribute grows; zeros for a probe without coefficients."""
+    def directions(self) -> Float[np.ndarray, "rows d"]:
+        """Unit vectors along which each attribute, or class, grows; zeros for a probe without coefficients."""
         length = np.linalg.norm(self.coefficients, axis=1, keepdims=True)
         return self.coefficients / np.where(length > 0, length, 1)
 
@@ -110,66 +140,107 @@ def fit_probes(
     alpha: float | None = None,
     seed: int = 0,
     jobs: int | None = None,
-    on_probe: Callable[[str], None] = lambda attribute: None,
+    on_probe: Callable[[str], None] = lambda label: None,
 ) -> Probes:
-    """Fit and test a linear probe for every attribute, as All Roads does (section 3.2, appendix A.5).
+    """Fit and test a linear probe for every label that is an attribute (bool) or a class (category, object or str).
 
-    Trained on as many latents with as without the attribute, 80 % of the smaller class each, and tested on 100 of either class
-    that are left, or on as many as are left of the smaller. Which, the seed draws for each attribute by itself, from the labels
-    alone: two spaces are probed on the same images, whatever else is probed (the paper takes the first and the last).
+    Attributes as All Roads does (section 3.2, appendix A.5): trained on as many latents with as without the attribute, 80 % of
+    the smaller class each, and tested on 100 of either class that are left, or on as many as are left of the smaller. Classes
+    by multinomial logistic regression (scikit-learn's, C = `C_OF_CLASSES`, each value less its mean and over its standard
+    deviation), trained on four fifths of the latents whose class is known and tested on the last fifth, as they come. Which,
+    the seed draws for each label by itself, from the labels alone: two spaces are probed on the same images, whatever else is
+    probed (the paper takes the first and the last).
 
-    labels: n rows, a column of bool an attribute.
-    kind: scikit-learn's Lasso or Ridge on labels 0 and 1, or LogisticRegression with an L2 penalty.
-    alpha: the penalty's weight: Lasso's (`LASSO_ALPHA` has the paper's), Ridge's, or 1 / C; `DEFAULT_LASSO_ALPHA`, 1, 1.
-    jobs: attributes at a time, each on one thread and on two copies of its training latents; as many as cores if None.
-    on_probe: called with each attribute's name when its probe is done.
+    labels: n rows. kind: of the attributes' probes: scikit-learn's Lasso or Ridge on labels 0 and 1, or LogisticRegression with
+    an L2 penalty. alpha: its penalty's weight: Lasso's (`LASSO_ALPHA` has the paper's), Ridge's, or 1 / C;
+    `DEFAULT_LASSO_ALPHA`, 1, 1.
+    jobs: labels at a time, each on one thread and on two copies of its training latents; as many as cores if None.
+    on_probe: called with each label's name when its probe is done.
 
-    Raises ProbekitError for latents that are not finite (n, d), labels of another length or not of bool, and an
-    unknown kind or negative alpha.
+    Raises ProbekitError for latents that are not finite (n, d), labels of another length or of numbers, and an unknown kind or
+    negative alpha.
     """
     import pandas as pd
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
 
     latents, labels = _checked(latents, len(labels)), labels.rename(columns=str)
     for name in labels:
-        if labels[name].dtype != bool:
-            raise ProbekitError(f"label {name!r}: of {labels[name].dtype}; a probe takes bool, probe_values the rest")
+        if not is_attribute(labels[name]) and not is_class(labels[name]):
+            raise ProbekitError(
+                f"label {name!r}: of {labels[name].dtype}; a probe takes bool or classes, probe_numbers the rest"
+            )
     if alpha is None:
         alpha = DEFAULT_LASSO_ALPHA if kind == "lasso" else 1.0
     make = _maker(kind, alpha)
-    splits, skipped = {}, {}
+    splits: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    skipped: dict[str, str] = {}
     for name in labels:
-        has = labels[name].to_numpy()
-        if (rarer := min(has.sum(), (~has).sum())) < LEAST:
-            word = "with" if has.sum() == rarer else "without"
-            skipped[name] = f"{rarer} of {len(has)} images are {word} it, {LEAST} are needed"
+        reason = _too_rare(labels[name].to_numpy()) if is_attribute(labels[name]) else _too_many(labels[name], seed)
+        if reason:
+            skipped[name] = reason
         else:
-            splits[name] = _balanced(has, seed)
+            splits[name] = (
+                _balanced(labels[name].to_numpy(), seed) if is_attribute(labels[name]) else _fifth(labels[name], seed)
+            )
 
-    def fit(name: str) -> tuple[dict[str, Any], np.ndarray, float]:
-        (train, test), has = splits[name], labels[name].to_numpy()
-        model = make().fit(latents[train], has[train].astype(np.float32))
-        coefficients, intercept = np.ravel(model.coef_), float(np.ravel(model.intercept_)[0])
-        score = float(np.mean((model.predict(latents[test]) > 0.5) == has[test]))
-        converged = kind == "ridge" or bool(np.max(model.n_iter_) < model.max_iter)
-        row = {"attribute": name, "accuracy": score, "train": len(train), "test": len(test)}
-        return row | {"nonzero": np.count_nonzero(coefficients), "converged": converged}, coefficients, intercept
+    def fit(name: str) -> tuple[dict[str, Any], np.ndarray, np.ndarray, list[str]]:
+        train, test = splits[name]
+        row: dict[str, Any] = {"attribute": name}
+        if is_attribute(labels[name]):
+            has, known = labels[name].to_numpy(), []
+            model = make().fit(latents[train], has[train].astype(np.float32))
+            coefficients, intercepts = np.reshape(model.coef_, (1, -1)), np.ravel(model.intercept_)
+            row |= {"accuracy": float(np.mean((model.predict(latents[test]) > 0.5) == has[test])), "baseline": 0.5}
+            converged = kind == "ridge" or bool(np.max(model.n_iter_) < model.max_iter)
+        else:
+            said = labels[name].astype(object).to_numpy()
+            trained, tested = ([str(value) for value in said[rows]] for rows in (train, test))
+            # latents as they are would take some spaces beyond a thousand iterations, and penalise each space differently
+            scaler = StandardScaler().fit(latents[train])
+            model = LogisticRegression(C=C_OF_CLASSES, max_iter=1000).fit(scaler.transform(latents[train]), trained)
+            coefficients, known = model.coef_ / scaler.scale_, model.classes_.tolist()
+            intercepts = model.intercept_ - coefficients @ scaler.mean_
+            if len(known) == 2:  # scikit-learn's is then the second's logit alone
+                coefficients, intercepts = (np.concatenate([np.zeros_like(v), v]) for v in (coefficients, intercepts))
+            commonest = max(known, key=trained.count)
+            row |= {
+                "accuracy": float(model.score(scaler.transform(latents[test]), tested)),
+                "baseline": tested.count(commonest) / len(tested),
+            }
+            converged = bool(np.max(model.n_iter_) < model.max_iter)
+        row |= {"train": len(train), "test": len(test), "nonzero": np.count_nonzero(coefficients), "converged": converged}
+        return row, coefficients, intercepts, known
 
     done = dict(_each(fit, list(splits), jobs, on_probe))
     fitted = [done[name] for name in splits]
-    columns = ["attribute", "accuracy", "train", "test", "nonzero", "converged"]
+    columns = ["attribute", "accuracy", "baseline", "train", "test", "nonzero", "converged"]
     return Probes(
         kind=kind,
         alpha=alpha,
         attributes=list(splits),
-        scores=pd.DataFrame([row for row, _, _ in fitted], columns=columns),
-        coefficients=np.array([c for _, c, _ in fitted], dtype=np.float32).reshape(-1, latents.shape[1]),
-        intercepts=np.array([i for _, _, i in fitted], dtype=np.float32),
+        classes={name: done[name][3] for name in splits if is_class(labels[name])},
+        scores=pd.DataFrame([row for row, *_ in fitted], columns=columns),
+        coefficients=np.concatenate([np.empty((0, latents.shape[1])), *(c for _, c, _, _ in fitted)]).astype(np.float32),
+        intercepts=np.concatenate([np.empty(0), *(i for _, _, i, _ in fitted)]).astype(np.float32),
         held_out=[test for _, test in splits.values()],
         skipped=skipped,
     )
 
 
-def probe_values(
+def is_attribute(values: pd.Series) -> bool:
+    """Whether a label is there or not."""
+    return bool(values.dtype == bool)
+
+
+def is_class(values: pd.Series) -> bool:
+    """Whether a label is one of several names; what is neither this nor an attribute is a number."""
+    import pandas as pd
+
+    return not pd.api.types.is_numeric_dtype(values)
+
+
+def probe_numbers(
     latents: Float[np.ndarray, "n d"],
     labels: pd.DataFrame,
     alpha: float = 100.0,
@@ -177,47 +248,40 @@ def probe_values(
     jobs: int | None = None,
     on_probe: Callable[[str], None] = lambda label: None,
 ) -> pd.DataFrame:
-    """How well labels that are not binary can be read off linearly, on a random fifth of the latents that is held out.
+    """How well labels that are numbers can be read off linearly, by Ridge with that alpha, on a random fifth that is held out.
 
-    labels: n rows; a column of numbers is read by Ridge with that alpha and scored by R² (at most 1, 0 for its mean, less for
-    worse), a column of category, object or str by LogisticRegression and scored by accuracy. Missing labels are left out.
+    labels: n rows, columns of numbers; missing ones are left out.
 
-    Returns one row a label: `label`, `measure` (`r2` or `accuracy`), `score`, `baseline` (what always answering the
-    training latents' mean or commonest class scores), `train`, `test`, and why it was `skipped`, "" where it was not.
-    Raises ProbekitError as fit_probes does, and for a column of bool.
+    Returns one row a label: `label`, `score`, R² (at most 1, 0 for its mean, less for worse), `baseline` (what always answering
+    the training latents' mean scores), `train`, `test`, and why it was `skipped`, "" where it was not.
+    Raises ProbekitError as fit_probes does, and for a column of bool or classes.
     """
     import pandas as pd
-    from sklearn.dummy import DummyClassifier, DummyRegressor
-    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.dummy import DummyRegressor
+    from sklearn.linear_model import Ridge
 
     latents, labels = _checked(latents, len(labels)), labels.rename(columns=str)
     for name in labels:
-        if labels[name].dtype == bool:
-            raise ProbekitError(f"label {name!r}: of bool, which fit_probes takes")
+        if is_attribute(labels[name]) or is_class(labels[name]):
+            raise ProbekitError(f"label {name!r}: of {labels[name].dtype}, which fit_probes takes")
 
     def fit(name: str) -> dict[str, Any]:
-        number = pd.api.types.is_numeric_dtype(labels[name])
-        known = np.random.default_rng(seed).permutation(np.flatnonzero(labels[name].notna()))
-        test, train = np.split(known, [len(known) // 5])
-        values = labels[name].to_numpy(dtype=np.float32) if number else labels[name].astype(object).to_numpy()
-        row = {"label": name, "measure": "r2" if number else "accuracy", "score": np.nan, "baseline": np.nan}
-        row |= {"train": len(train), "test": len(test), "skipped": ""}
-        if len(known) < LEAST:
-            return row | {"skipped": f"{len(known)} labels are known, {LEAST} are needed"}
-        if len(set(values[train])) < 2:
-            return row | {"skipped": "the training latents all have the same"}
-        model, dull = (
-            (Ridge(alpha=alpha), DummyRegressor()) if number else (LogisticRegression(max_iter=1000), DummyClassifier())
-        )
-        scores = [m.fit(latents[train], values[train]).score(latents[test], values[test]) for m in (model, dull)]
+        train, test = _fifth(labels[name], seed)
+        values = labels[name].to_numpy(dtype=np.float32)
+        row = {"label": name, "score": np.nan, "baseline": np.nan, "train": len(train), "test": len(test), "skipped": ""}
+        if reason := _too_few(labels[name], seed):
+            return row | {"skipped": reason}
+        models = (Ridge(alpha=alpha), DummyRegressor())
+        scores = [m.fit(latents[train], values[train]).score(latents[test], values[test]) for m in models]
         return row | dict(zip(("score", "baseline"), map(float, scores), strict=True))
 
     done = dict(_each(fit, list(labels), jobs, on_probe))
-    return pd.DataFrame([done[name] for name in labels])
+    columns = ["label", "score", "baseline", "train", "test", "skipped"]
+    return pd.DataFrame([done[name] for name in labels], columns=columns)
 
 
-def percent_match(own: Bool[np.ndarray, "n *a"], mapped: Bool[np.ndarray, "..."]) -> Float[np.ndarray, " *a"] | float:
-    """How many of 100 predictions are the same, for each attribute: those of a space's probe on its own latents and on latents
+def percent_match(own: Shaped[np.ndarray, "n *a"], mapped: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, " *a"] | float:
+    """How many of 100 predictions are the same, for each label: those of a space's probe on its own latents and on latents
     of the same images mapped into it from another space (All Roads, section 3.2; higher is better).
 
     Raises ProbekitError for predictions of different shapes, or of none.
@@ -238,6 +302,21 @@ def percent_change(
     return 100 * (after - before) / np.where(before == 0, np.nan, before)
 
 
+def balanced_accuracy(said: Int64[np.ndarray, "n a"], real: Int64[np.ndarray, "n a"]) -> Float[np.ndarray, " a"]:
+    """For each label the mean, over the answers that are right of some image, of the share of these that is read right.
+
+    said, real: as `Probes.predict` and `Probes.truth` give them. Images need not be balanced then. NaN where not at least two
+    answers are right of some.
+    """
+    found = np.full(real.shape[1], np.nan)
+    for column in range(real.shape[1]):
+        there = np.unique(real[real[:, column] >= 0, column])
+        if len(there) > 1:
+            right = said[:, column] == real[:, column]
+            found[column] = np.mean([right[real[:, column] == answer].mean() for answer in there])
+    return found
+
+
 def _maker(kind: str, alpha: float) -> Callable[[], Any]:
     from sklearn.linear_model import Lasso, LogisticRegression, Ridge
 
@@ -253,6 +332,34 @@ def _maker(kind: str, alpha: float) -> Callable[[], Any]:
     if kind not in makers:
         raise ProbekitError(f"probe kind {kind!r}: choose {', '.join(makers)}")
     return makers[kind]
+
+
+def _too_rare(has: Bool[np.ndarray, " n"]) -> str:
+    """Why an attribute cannot be probed, "" where it can."""
+    rarer = min(has.sum(), (~has).sum())
+    word = "with" if has.sum() == rarer else "without"
+    return f"{rarer} of {len(has)} images are {word} it, {LEAST} are needed" if rarer < LEAST else ""
+
+
+def _too_few(values: pd.Series, seed: int) -> str:
+    """Why a class or a number cannot be probed, "" where it can."""
+    if (known := int(values.notna().sum())) < LEAST:
+        return f"{known} labels are known, {LEAST} are needed"
+    return "the training latents all have the same" if values.iloc[_fifth(values, seed)[0]].nunique() < 2 else ""
+
+
+def _too_many(values: pd.Series, seed: int) -> str:
+    """The same of a class, which may also be a name of nearly every image's own."""
+    classes, known = values.nunique(), int(values.notna().sum())
+    reason = _too_few(values, seed)
+    return reason or (f"{classes} classes among {known} images, of which 2 a class are needed" if 2 * classes > known else "")
+
+
+def _fifth(values: pd.Series, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on and rows to test on, a fifth, of those whose label is known."""
+    known = np.random.default_rng(seed).permutation(np.flatnonzero(values.notna()))
+    test, train = np.split(known, [len(known) // 5])
+    return train, test
 
 
 def _balanced(has: Bool[np.ndarray, " n"], seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -75,7 +75,8 @@ class LatentSpace:
         if self.encoder is None:
             raise ProbekitError(f"space {str(self)!r}: cannot encode images")
         if isinstance(items, Tensor) != (self.takes == "images"):
-            raise ProbekitError(f"space {str(self)!r}: encodes {self.takes}, not {'images' if isinstance(items, Tensor) else 'text'}")
+            given = "images" if isinstance(items, Tensor) else "text"
+            raise ProbekitError(f"space {str(self)!r}: encodes {self.takes}, not {given}")
         return self.encoder(items, generator or torch.Generator().manual_seed(0)).float().cpu()
 
     @torch.no_grad()

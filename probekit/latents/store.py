@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +26,15 @@ if TYPE_CHECKING:
     import zarr
 
 BLOCK = 100
-"""Images are encoded in blocks of this many, numbers 0 to 99 first; a block is on disk whole or not at all."""
+"""Images are encoded in blocks of this many rows; a block is on disk whole or not at all."""
 
 
 class LatentStore:
     """The latents of one space for one data set: a zarr array `latents` (images, *shape), float32, NaN where not encoded.
 
-    Beside it lie `labels/`, a parquet file a block with a row an image, and `provenance.json`. Noise that a space draws comes
+    Its rows are the data set's train split and then its test split, each in its own order, so that the images of a split lie
+    together. Beside it lie `labels/`, a parquet file a block of rows, with the number of each row's `image` and its labels,
+    and `provenance.json`. Noise that a space draws comes
     from a generator seeded with the model's weights, the space, the seed and the block's number: latents depend neither on what
     is asked for nor in which order, and two models' noise has nothing in common.
 
@@ -39,34 +44,59 @@ class LatentStore:
 
     def __init__(self, folder: Path, space: LatentSpace, data: Dataset, *, seed: int = 0) -> None:
         import zarr
-        import zarr.codecs
 
         self.folder, self.space, self.data, self.seed = folder, space, data, seed
         self.provenance: dict[str, Any] = {
-            "model": space.model, "space": space.name, "parameters": dict(space.parameters), "digest": space.digest,
-            "shape": list(space.shape), "data": data.name,
-            "data_digest": data.digest, "image_size": data.image_size, "seed": seed, "probekit": __version__,
-        }  # fmt: skip
+            "model": space.model,
+            "space": space.name,
+            "parameters": dict(space.parameters),
+            "digest": space.digest,
+            "shape": list(space.shape),
+            "data": data.name,
+            "data_digest": data.digest,
+            "image_size": data.image_size,
+            "seed": seed,
+            "rows": "train, test",
+            "probekit": __version__,
+        }
         described = folder / "provenance.json"
         if described.exists():
             self._refuse_other(described)
-        elif folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+        elif _holds_something(folder):
             raise ProbekitError(f"latents {str(folder)!r}: exists and holds no latents; name a new or an empty folder")
         else:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 write_whole(described, json.dumps(self.provenance, indent=2).encode())
         if not (folder / "latents" / "zarr.json").exists():  # new, or killed before it was made
-            with writing(folder):
-                codecs = [zarr.codecs.BloscCodec(cname="zstd", clevel=3), zarr.codecs.Crc32cCodec()]
-                zarr.create_array(
-                    folder / "latents", shape=(len(data), *space.shape), chunks=(BLOCK, *space.shape), dtype="float32",
-                    compressors=codecs, fill_value=float("nan"), overwrite=True,
-                )  # fmt: skip
+            self._make()
         try:
             self._array: zarr.Array[Any] = zarr.open_array(folder / "latents", mode="r+")
         except Exception as error:  # zarr raises a dozen kinds
             raise ProbekitError(f"latents {str(folder)!r}: cannot be opened ({_brief(error)}); delete the folder") from error
+
+    def _make(self) -> None:
+        """Make the empty array beside its place and move it there, unless another process's is there, and filled, by now."""
+        import zarr
+        import zarr.codecs
+
+        made = self.folder / f"latents.{os.getpid()}.partial"
+        with writing(self.folder):
+            zarr.create_array(
+                made,
+                shape=(len(self.data), *self.space.shape),
+                chunks=(BLOCK, *self.space.shape),
+                dtype="float32",
+                compressors=[zarr.codecs.BloscCodec(cname="zstd", clevel=3), zarr.codecs.Crc32cCodec()],
+                fill_value=float("nan"),
+                overwrite=True,
+            )
+            try:
+                made.rename(self.folder / "latents")
+            except OSError:
+                shutil.rmtree(made)
+                if not (self.folder / "latents").is_dir():
+                    raise
 
     def _refuse_other(self, described: Path) -> None:
         try:
@@ -81,8 +111,8 @@ class LatentStore:
     @property
     def encoded(self) -> np.ndarray:
         """The numbers of the images that are encoded, in order."""
-        done = sorted(int(p.stem) for p in (self.folder / "labels").glob("*.parquet"))
-        return np.concatenate([self._numbers(b) for b in done]) if done else np.empty(0, dtype=np.int64)
+        done = [int(p.stem) for p in (self.folder / "labels").glob("*.parquet")]
+        return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *(self._numbers(block) for block in done)]))
 
     def encode(self, indices: Sequence[int] | np.ndarray, on_block: Callable[[int], None] = lambda images: None) -> None:
         """Encode the blocks that hold these images, those that are there already excepted.
@@ -91,7 +121,7 @@ class LatentStore:
         latents that are not finite.
         """
         (self.folder / "labels").mkdir(exist_ok=True)
-        blocks = np.unique(np.asarray(indices, dtype=np.int64) // BLOCK)
+        blocks = np.unique(self._rows[np.asarray(indices, dtype=np.int64)] // BLOCK)
         # several processes that fill one store begin at different blocks, and leave out what the others have done
         for block in np.roll(blocks, -os.getpid() % max(len(blocks), 1)).tolist():
             # written last, the labels say that the block is whole
@@ -104,7 +134,7 @@ class LatentStore:
                 if not np.isfinite(latents).all():
                     raise ProbekitError(f"space {str(self.space)!r}: gives latents that are not finite")
                 with writing(self.folder):
-                    self._array[numbers[0] : numbers[-1] + 1] = latents
+                    self._array[block * BLOCK : block * BLOCK + len(numbers)] = latents
                     labels = self.data.labels(numbers)
                     labels.insert(0, "image", numbers)
                     write_whole(mark, labels.to_parquet(index=False))
@@ -114,27 +144,50 @@ class LatentStore:
         """Latents as flat vectors. Raises ProbekitError for images that are not encoded and for damaged files."""
         numbers = np.asarray(indices, dtype=np.int64)
         flat = np.empty((len(numbers), math.prod(self.space.shape)), dtype=np.float32)
+        rows = self._rows[numbers]
         # block by block: zarr reads several at once, and where one is damaged it leaves the others' tasks to complain at exit
-        blocks = numbers // BLOCK
+        blocks = rows // BLOCK
         for block in np.unique(blocks).tolist():
             try:
                 latents = np.asarray(self._array.blocks[block])
             except Exception as error:
                 raise ProbekitError(f"latents {str(self.folder)!r}: damaged ({_brief(error)}); delete the folder") from error
             here = blocks == block
-            flat[here] = latents.reshape(len(latents), -1)[numbers[here] - block * BLOCK]
+            flat[here] = latents.reshape(len(latents), -1)[rows[here] - block * BLOCK]
         if missing := numbers[np.isnan(flat).any(1)].tolist():
             raise ProbekitError(f"latents {str(self.folder)!r}: image {missing[0]} is not encoded, or damaged")
         return flat
 
+    @cached_property
+    def _order(self) -> np.ndarray:
+        """The number of each row's image."""
+        parts = []
+        for part in ("train", "test"):
+            with contextlib.suppress(ProbekitError):  # a folder so small that no image falls in it
+                parts.append(self.data.split(part))
+        numbers = np.concatenate([*parts, np.arange(len(self.data))])  # what is in neither comes last
+        return numbers[np.sort(np.unique(numbers, return_index=True)[1])]
+
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        """The row of each image."""
+        return np.argsort(self._order)
+
     def _numbers(self, block: int) -> np.ndarray:
-        return np.arange(block * BLOCK, min((block + 1) * BLOCK, len(self.data)))
+        return self._order[block * BLOCK : (block + 1) * BLOCK]
 
 
 def default_folder(space: LatentSpace, data: Dataset, seed: int = 0) -> Path:
     """runs/latents/<model>-<space>-<data>-<what they are>: the same space and data find the same folder again."""
     label = file_name(f"{Path(space.model).name}-{space.name}-{data.name}")
     return Path("runs") / "latents" / f"{label}-{space.digest}-{data.digest}-{seed}"
+
+
+def _holds_something(folder: Path) -> bool:
+    """Whether something is there that is not just being written, by another process that makes the same latents."""
+    if not folder.is_dir():
+        return folder.exists()
+    return any(path.suffix != ".partial" for path in folder.iterdir())
 
 
 def _brief(error: Exception) -> str:

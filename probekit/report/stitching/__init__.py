@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from probekit.report.figures import command_line, render, save_figure, style
-from probekit.files import file_name, write_whole
+from probekit.report.figures import render, save_figure, style
+from probekit.report.findings import Findings, Table
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from probekit.runs.folder import Run
 
 # what is told first: latents differ in scale from space to space, so the error is taken in parts of the target's variance
 _MAIN = ("latent error over variance, test", "RMSE", "LPIPS", "FID, 64 features", "fd-alexnet")
@@ -22,56 +23,92 @@ _LATENT = ("latent MSE, train", "latent MSE, test")
 _SHADES = "YlGnBu"
 
 
-def print_measures(rows: pd.DataFrame) -> None:
-    """One line a pair: its penalty and the measures with their intervals."""
-    from rich.table import Table
-
-    from probekit.report.terminal import console
-
-    table = Table(
-        title="stitched: encoder of the source, linear map, decoder of the target; 95% intervals", title_justify="left"
-    )
+def findings(run: Run, rows: pd.DataFrame) -> Findings:
+    """What a run's rows come to."""
+    rows = _in_order(run, rows)
     measures = _present(rows, _MAIN)
-    for heading in ("source", "target", "alpha", *measures):
-        table.add_column(heading, justify="left" if heading in ("source", "target") else "right")
+    told = []
     for (source, target), group in rows.groupby(["source", "target"], sort=False):
         by = group.set_index("measure")
         alpha = by.alpha.iloc[0]
         cells = [f"{r.value:.3g} {r.low:.3g}-{r.high:.3g}" if (r := _row(by, m)) is not None else "" for m in measures]
-        table.add_row(source, target, "" if np.isnan(alpha) else f"{alpha:.3g}", *cells)
-    console().print(table)
+        told.append((source, target, "" if np.isnan(alpha) else f"{alpha:.3g}", *cells))
+    table = Table(
+        "stitched: encoder of the source, linear map, decoder of the target; 95% intervals",
+        ("source", "target", "alpha", *measures),
+        told,
+        text=("source", "target"),
+    )
+    figures = [name for name, *_ in _grids(run, rows)]
+    return Findings(
+        run, rows, [table], lambda: _page(run, rows), (*figures, "measures", "similarity", "latent-mse"), headline(rows)
+    )
 
 
-def write_report(folder: Path, config: dict[str, Any], rows: pd.DataFrame) -> Path:
-    """Write figures/ (PNG and SVG) and report.html; returns the page's path."""
-    (folder / "figures").mkdir(exist_ok=True)
-    figures: list[dict[str, str]] = []
+def headline(rows: pd.DataFrame) -> str:
+    """Which pairs fit best and worst, by LPIPS between its own decoder's and chance's."""
+    found = [b for b in _best(rows) if not np.isnan([b["own"], b["random"]]).any()]
+    if not found:
+        return ""
+    # of what is lost from the decoder's own encoder to the random one, the share that the best map keeps
+    kept = {b["target"]: (b["random"] - b["value"]) / (b["random"] - b["own"]) for b in found if b["random"] > b["own"]}
+    said: list[str] = []
+    for word, pick in (("most", max), ("least", min)):
+        if kept and (not said or min(kept.values()) < max(kept.values()) - 0.01):
+            b = next(b for b in found if b["target"] == pick(kept, key=kept.__getitem__))
+            said.append(
+                f"{word} into {b['target']}, from {b['source']}: LPIPS {b['value']:.3f}, {b['own']:.3f} from its own encoder, "
+                f"{b['random']:.3f} from random"
+            )
+    return f"A linear map carries {'; '.join(said)}." if said else ""
 
-    def add(title: str, name: str, shown: pd.DataFrame, examples: range) -> None:
-        if len(shown) and examples:
-            figures.append({"title": title, "svg": save_figure(_grid(folder, shown, examples), folder / "figures" / name)})
 
-    kept = min(8, config["options"]["test"])
+def _in_order(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
+    """By source and target, as the spaces were named."""
+    order = list(run.config["inputs"]["spaces"])
+    return rows.sort_values(["source", "target"], key=lambda column: column.map(order.index), kind="stable", ignore_index=True)
+
+
+def _grids(run: Run, rows: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame, range]]:
+    """The grids of pictures: name, title, their pairs' rows, and which examples."""
+    kept = min(8, run.config["options"]["test"])
+    found: list[tuple[str, str, pd.DataFrame, range]] = []
     for number, (images, group) in enumerate(rows.groupby("images", sort=False)):
         drawn_by = group.drawn_by.iloc[0]
         if drawn_by:  # of a model's own samples, what other encoders and its decoder make of them (figure 2), and the reverse
-            add(f"Stitched reconstructions of {images}", f"samples-{number}", group[group.target == drawn_by], range(kept))
+            own = group[group.target == drawn_by]
+            found.append((f"samples-{number}", f"Stitched reconstructions of {images}", own, range(kept)))
             others = group[(group.source == drawn_by) & (group.target != drawn_by)]
-            add(f"What other decoders make of {images}", f"from-{number}", others, range(min(3, kept)))
+            found.append((f"from-{number}", f"What other decoders make of {images}", others, range(min(3, kept))))
         else:  # figures 1 and 9
-            add(f"Stitched reconstructions of {images}", "reconstructions", group, range(min(3, kept)))
-            add(f"More of {images}", "more-reconstructions", group, range(3, min(6, kept)))
-    heat = save_figure(_heatmaps(rows, _present(rows, _MAIN)), folder / "figures" / "measures")
-    alike = save_figure(_heatmaps(rows, _ALIKE), folder / "figures" / "similarity")
-    latent = save_figure(_heatmaps(rows, _LATENT), folder / "figures" / "latent-mse")
-    page = render(
-        "stitching.html",
-        config=config, options=config["options"], command=command_line(config["command"]), figures=figures, heat=heat,
-        alike=alike, latent=latent, best=_best(rows), rows=rows.to_dict("records"), n=config["options"]["test"],
-    )  # fmt: skip
-    report = folder / "report.html"
-    write_whole(report, page)
-    return report
+            found.append(("reconstructions", f"Stitched reconstructions of {images}", group, range(min(3, kept))))
+            found.append(("more-reconstructions", f"More of {images}", group, range(3, min(6, kept))))
+    return [grid for grid in found if len(grid[2]) and grid[3]]
+
+
+def _page(run: Run, rows: pd.DataFrame) -> bytes:
+    folder = run.folder / "figures"
+    grids = [
+        {"title": title, "svg": save_figure(_grid(run, shown, examples), folder / name)}
+        for name, title, shown, examples in _grids(run, rows)
+    ]
+    heat = save_figure(_heatmaps(rows, _present(rows, _MAIN)), folder / "measures")
+    alike, latent = (
+        save_figure(_heatmaps(rows, measures), folder / name) if _present(rows, measures) else ""
+        for measures, name in ((_ALIKE, "similarity"), (_LATENT, "latent-mse"))
+    )
+    return render(
+        "stitching/page.html",
+        run,
+        headline=headline(rows),
+        figures=grids,
+        heat=heat,
+        alike=alike,
+        latent=latent,
+        best=_best(rows),
+        rows=rows.to_dict("records"),
+        n=run.config["options"]["test"],
+    )
 
 
 def _present(rows: pd.DataFrame, measures: tuple[str, ...]) -> tuple[str, ...]:
@@ -91,12 +128,12 @@ def _best(rows: pd.DataFrame) -> list[dict[str, Any]]:
         by = group.set_index("source").value
         others = by.drop([target, "random"], errors="ignore")
         if len(others):
-            found.append({"target": target, "source": others.idxmin(), "value": others.min(),
-                          "own": by.get(target, float("nan")), "random": by.get("random", float("nan"))})  # fmt: skip
+            own, random = (by.get(source, float("nan")) for source in (target, "random"))
+            found.append({"target": target, "source": others.idxmin(), "value": others.min(), "own": own, "random": random})
     return found
 
 
-def _grid(folder: Path, rows: pd.DataFrame, examples: range) -> Figure:
+def _grid(run: Run, rows: pd.DataFrame, examples: range) -> Figure:
     """Figures 1 and 2: a row a source, a column a target, for each example; the true picture on the left."""
     import matplotlib
 
@@ -110,18 +147,24 @@ def _grid(folder: Path, rows: pd.DataFrame, examples: range) -> Figure:
     with plt.rc_context(style()):
         # inches; titles stand at 60 degrees
         size, top = 0.62, 0.2 + 0.052 * max(map(len, targets)) if several else 0.05
+        left = max(1.5, 0.2 + 0.066 * max(len(source) for source in sources))
+        right = 0.2 + 0.03 * max(map(len, targets)) if several else 0.05
         figure, axes = plt.subplots(
-            len(lines), len(columns), figsize=(2.0 + size * len(columns), 0.1 + top + size * len(lines)), squeeze=False,
+            len(lines),
+            len(columns),
+            figsize=(left + right + size * len(columns), 0.1 + top + size * len(lines)),
+            squeeze=False,
             gridspec_kw={"wspace": 0.06, "hspace": 0.06},
-        )  # fmt: skip
+        )
         for i, source in enumerate(lines):
             for j, (example, target) in enumerate(columns):
                 ax = axes[i, j]
                 ax.set_xticks([])
                 ax.set_yticks([])
                 truth = target is None or source is None
-                unit = file_name(f"{sources[0] if source is None else source}--{targets[0] if target is None else target}")
-                file = folder / "images" / unit / f"{'true-' if truth else ''}{example}.png"
+                # a true picture lies with every pair
+                unit = f"{sources[0] if source is None else source}--{targets[0] if target is None else target}"
+                file = run.picture(unit, f"{'true-' if truth else ''}{example}")
                 blank = truth and several and i != len(lines) // 2
                 if file.exists() and not blank:
                     ax.imshow(Image.open(file), interpolation="nearest")
@@ -135,9 +178,7 @@ def _grid(folder: Path, rows: pd.DataFrame, examples: range) -> Figure:
                 if j == 0:
                     ax.set_ylabel("true" if source is None else source, rotation=0, ha="right", va="center", fontsize=8)
         width, height = figure.get_size_inches()
-        figure.subplots_adjust(
-            left=1.5 / width, right=1 - (0.5 if several else 0.05) / width, bottom=0.01, top=1 - top / height
-        )
+        figure.subplots_adjust(left=left / width, right=1 - right / width, bottom=0.01, top=1 - top / height)
         plt.close(figure)
     return figure
 
@@ -152,7 +193,8 @@ def _heatmaps(rows: pd.DataFrame, measures: tuple[str, ...]) -> Figure:
 
     sources, targets = rows.source.unique().tolist(), rows.target.unique().tolist()
     with plt.rc_context(style()):
-        width, height = 1.5 + 0.66 * len(targets), 1.35 + 0.36 * len(sources)
+        longest = 0.055 * max(map(len, [*sources, *targets]))
+        width, height = max(1.5, 0.4 + longest) + 0.66 * len(targets), max(1.35, 0.6 + 0.6 * longest) + 0.36 * len(sources)
         across = 2
         down = -(-len(measures) // across)
         figure, axes = plt.subplots(down, across, figsize=(across * width, down * height), squeeze=False, layout="constrained")
@@ -168,10 +210,15 @@ def _heatmaps(rows: pd.DataFrame, measures: tuple[str, ...]) -> Figure:
             for (y, x), value in np.ndenumerate(values):
                 if not np.isnan(value):
                     ax.text(
-                        x, y, f"{value:.2g}" if value < 100 else f"{value:.0f}", ha="center", va="center", fontsize=7.5,
+                        x,
+                        y,
+                        f"{value:.2g}" if value < 100 else f"{value:.0f}",
+                        ha="center",
+                        va="center",
+                        fontsize=7.5,
                         color="white" if norm(value) > 0.55 else "#26251f",
                         fontweight="bold" if sources[y] == targets[x] else "normal",
-                    )  # fmt: skip
+                    )
             ax.set_title(measure, loc="left", fontsize=10, fontweight="bold")
             ax.set_xticks(range(len(targets)), targets, rotation=35, ha="right", rotation_mode="anchor")
             ax.set_yticks(range(len(sources)), sources)
