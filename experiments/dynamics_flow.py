@@ -106,7 +106,7 @@ class DynamicsFlow(OnTraining):
         from probekit.latents.probes import DEFAULT_LASSO_ALPHA, KINDS, LASSO_ALPHA, fit_probes
         from probekit.metrics.distributions import share_interval
 
-        # before the checkpoint, or it would be loaded twice; a copy, since codes keep the spaces they encoded, and so the models
+        # before the checkpoint, or it would be loaded twice; a copy, since codes keep the spaces they encoded, and so models
         codes, binary = dataclasses.replace(self.codes), self.labels
         step = int(unit.name.removeprefix("step-"))
         space = self.space_at(step)
