@@ -6,9 +6,9 @@ import importlib
 
 EXPERIMENTS = {
     "inject-sweep": "inject_sweep:InjectSweep",
-    # "stitch-run": "stitch_run:StitchRun",
+    "stitch-run": "stitch_run:StitchRun",
     "stitch-edit": "stitch_edit:StitchEdit",
-    # "probe-run": "probe_run:ProbeRun",
+    "probe-run": "probe_run:ProbeRun",
     "dynamics-flow": "dynamics_flow:DynamicsFlow",
     "dynamics-diffusion": "dynamics_diffusion:DynamicsDiffusion",
     "invert-run": "invert_run:InvertRun",
