@@ -86,8 +86,8 @@ def _plain(made: Any) -> Callable[..., None]:
 
 
 for _name in EXPERIMENTS:
-    _group = next(group for group in groups if _name.startswith(f"{group}-"))
-    groups[_group].command(_name.removeprefix(f"{_group}-"))(_command(find(_name)))
+    _group, _verb = _name.rsplit("-", 1)
+    groups[_group].command(_verb)(_command(find(_name)))
 groups["inject"].command("image")(_plain(InjectImage))
 groups["inject"].command("script")(_plain(InjectScript))
 groups["latents"].command("encode")(_plain(LatentsEncode))

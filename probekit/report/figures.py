@@ -51,7 +51,7 @@ def data_url(path: Path) -> str:
 
 def command_line(command: list[str]) -> str:
     """The command as one would type it."""
-    return shlex.join([Path(command[0]).name, *command[1:]])
+    return shlex.join(command)
 
 
 def render(template: str, run: Run, **given: Any) -> bytes:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from probekit.files import file_name
 from probekit.hooks.errors import ProbekitError
 from probekit.progress import progress
 from probekit.runs.experiment import Advance, Experiment, Findings, Unit, read_shard
@@ -33,7 +33,8 @@ def run(
         raise ProbekitError(f"--workers {workers}: goes with --engine ray, at least 1")
     inputs = experiment.inputs()
     units = experiment.plan()
-    opened = Run(out or experiment.default_folder(inputs), experiment.name, experiment.options, inputs, sys.argv)
+    _refuse_one_file(units)
+    opened = Run(out or experiment.default_folder(inputs), experiment.name, experiment.options, inputs, experiment.command)
     queue = _Queue(units, _of_shard(units, *part), opened)
     try:
         if kind == "ray":
@@ -50,6 +51,15 @@ def run(
         raise KeyboardInterrupt(
             f"interrupted: {done} of {len(units)} units are kept in {opened.folder}; the same command goes on from there"
         ) from None
+
+
+def _refuse_one_file(units: Sequence[Unit]) -> None:
+    """Raises ProbekitError where two units would be written under one name."""
+    written: dict[str, str] = {}
+    for unit in units:
+        other = written.setdefault(file_name(unit.name).casefold(), unit.name)
+        if other != unit.name:
+            raise ProbekitError(f"{other!r} and {unit.name!r}: would be written under one name; call one of them otherwise")
 
 
 def _of_shard(units: Sequence[Unit], part: int, whole: int) -> list[Unit]:

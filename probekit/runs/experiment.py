@@ -135,6 +135,22 @@ class Experiment(Options, ABC):
         kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.compare}
         return json.loads(json.dumps(kept, default=str))
 
+    @property
+    def command(self) -> list[str]:
+        """The command that is this experiment, with the options that are not as they are by default."""
+        words = ["probekit", *self.name.rsplit("-", 1)]
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.compare}
+        for option in options_of(type(self)):
+            value = getattr(self, option.field)
+            if option.field not in defaults or value == defaults[option.field]:
+                continue
+            if isinstance(value, bool):
+                words.append(option.flag)
+            else:
+                each = value if isinstance(value, list | tuple) else [value]
+                words += [word for item in each for word in (option.flag, str(item))]
+        return words
+
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
         """The experiment of a run's options. Raises ProbekitError for options that it does not have."""
