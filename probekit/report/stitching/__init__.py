@@ -51,16 +51,19 @@ def headline(rows: pd.DataFrame) -> str:
     if not found:
         return ""
     # of what is lost from the decoder's own encoder to the random one, the share that the best map keeps
-    kept = {b["target"]: (b["random"] - b["value"]) / (b["random"] - b["own"]) for b in found if b["random"] > b["own"]}
-    said: list[str] = []
+    dead = [b["target"] for b in found if b["random"] - b["own"] < 0.05 * b["random"]]
+    kept = {b["target"]: (b["random"] - b["value"]) / (b["random"] - b["own"]) for b in found if b["target"] not in dead}
+    parts: list[str] = []
     for word, pick in (("most", max), ("least", min)):
-        if kept and (not said or min(kept.values()) < max(kept.values()) - 0.01):
+        if kept and (not parts or min(kept.values()) < max(kept.values()) - 0.01):
             b = next(b for b in found if b["target"] == pick(kept, key=kept.__getitem__))
-            said.append(
+            parts.append(
                 f"{word} into {b['target']}, from {b['source']}: LPIPS {b['value']:.3f}, {b['own']:.3f} from its own encoder, "
                 f"{b['random']:.3f} from random"
             )
-    return f"A linear map carries {'; '.join(said)}." if said else ""
+    said = [f"A linear map carries {'; '.join(parts)}."] if parts else []
+    said += [f"{target} shows little of a picture, even from its own latents." for target in dead]
+    return " ".join(said)
 
 
 def _in_order(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
