@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from probekit.runs.experiment import Experiment
 
 EXPERIMENTS = {
     "inject-sweep": "inject_sweep:InjectSweep",
@@ -19,13 +23,13 @@ EXPERIMENTS = {
 """By the name of the command and of the runs' folder: the module and its class."""
 
 
-def find(name: str) -> type:
+def find(name: str) -> type[Experiment]:
     """The class of the experiment of that name. Raises KeyError where there is none."""
     module, _, found = EXPERIMENTS[name].partition(":")
     return getattr(importlib.import_module(f"probekit.experiments.{module}"), found)
 
 
-def __getattr__(name: str) -> type:
+def __getattr__(name: str) -> type[Experiment]:
     # every experiment by its class, without the import of the others
     for key, place in EXPERIMENTS.items():
         if place.endswith(f":{name}"):

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from probekit.hooks.errors import ProbekitError
 
+from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Options
 
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ class _Picture(Options):
     def _write(self, operation: hooks.Operation) -> str:
         """Make and write the picture; returns what was injected and where it is."""
         import torch
-        from probekit.experiments.inject_sweep import check_steps
 
         from probekit import hooks
+        from probekit.experiments.inject_sweep import check_steps
         from probekit.files import writing
         from probekit.images import save_png
         from probekit.models import load

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
-from probekit.hooks.errors import ProbekitError
 
+from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Bench, Experiment, Findings, Unit, Work
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+
+from probekit import ProbekitError, hooks, seeds
 from probekit.experiments import InjectSweep
 from probekit.experiments.inject_picture import InjectImage
 from probekit.experiments.inject_sweep import APART, read_pairs, scene_pairs
-
-from probekit import ProbekitError, hooks, seeds
 from probekit.images import load_png, to_uint8
 from probekit.metrics.lpips import distance, features
 from probekit.models import load

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from probekit.hooks import Injection, Steps
 from torch import Tensor
 
 from probekit import hooks
+from probekit.hooks import Injection, Steps
 from tests.conftest import embedded
 
 RED = "a large red fish at the top left on a striped blue ground"

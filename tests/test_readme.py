@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import typer
-from probekit.experiments import EXPERIMENTS, find
 
 from probekit.cli import app, groups
+from probekit.experiments import EXPERIMENTS, find
 from tests.conftest import probekit
 
 ROOT = Path(__file__).parent.parent

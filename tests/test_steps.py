@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from probekit.hooks import ProbekitError, Steps
 from probekit.hooks.steps import distinct_timesteps
 
