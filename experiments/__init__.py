@@ -6,6 +6,16 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from probekit.experiments.dynamics_diffusion import DynamicsDiffusion as DynamicsDiffusion
+    from probekit.experiments.dynamics_flow import DynamicsFlow as DynamicsFlow
+    from probekit.experiments.inject_sweep import InjectSweep as InjectSweep
+    from probekit.experiments.invert_interpolate import InvertInterpolate as InvertInterpolate
+    from probekit.experiments.invert_run import InvertRun as InvertRun
+    from probekit.experiments.invert_trajectory import InvertTrajectory as InvertTrajectory
+    from probekit.experiments.noise_map_run import NoiseMapRun as NoiseMapRun
+    from probekit.experiments.probe_run import ProbeRun as ProbeRun
+    from probekit.experiments.stitch_edit import StitchEdit as StitchEdit
+    from probekit.experiments.stitch_run import StitchRun as StitchRun
     from probekit.runs.experiment import Experiment
 
 EXPERIMENTS = {

@@ -101,8 +101,23 @@ def test_any_space_of_any_model_is_probed_one_checkpoint_in_memory_at_a_time(
     assert found.rows.step.drop_duplicates().tolist() == [5, 9] and len(alive) >= 3
     assert f"latents ({h})" in (tmp_path / "run" / "report.html").read_text()
     # another layer is another space
-    said = refused("dynamics", "flow", "--model", "my-ddpm", "--space", "h:steps=10", "--train", 100, "--kind", "ridge",
-                   "--device", "cpu", "--out", "run", cwd=tmp_path)  # fmt: skip
+    said = refused(
+        "dynamics",
+        "flow",
+        "--model",
+        "my-ddpm",
+        "--space",
+        "h:steps=10",
+        "--train",
+        100,
+        "--kind",
+        "ridge",
+        "--device",
+        "cpu",
+        "--out",
+        "run",
+        cwd=tmp_path,
+    )
     assert "holds a run of another config" in said and "space" in said
     said = refused("dynamics", "flow", "--model", "my-ddpm", "--space", "noise", "--out", "other", cwd=tmp_path)
     assert "--space 'noise': cannot encode" in said and not (tmp_path / "other").exists()

@@ -225,8 +225,17 @@ def measured(**values: list[float]) -> pd.DataFrame:
         percent = "to" in measure.split()
         own = values.get(measure.replace(" ", "_"), [98.0] * 3 if percent else [1.0] * 3)
         for step, value in zip((10, 100, 1000), own, strict=True):
-            table.append({"step": step, "measure": measure, "value": value, "low": value - 2 if percent else math.nan,
-                          "high": value + 2 if percent else math.nan, "n": 100, "chance": 1.0 if percent else 0.0})  # fmt: skip
+            table.append(
+                {
+                    "step": step,
+                    "measure": measure,
+                    "value": value,
+                    "low": value - 2 if percent else math.nan,
+                    "high": value + 2 if percent else math.nan,
+                    "n": 100,
+                    "chance": 1.0 if percent else 0.0,
+                }
+            )
     return pd.DataFrame(table)
 
 

@@ -98,8 +98,19 @@ def test_shards_in_any_order_give_the_bytes_of_one_run_and_python_the_same_findi
     edit = StitchEdit(models=MODELS, attributes="Eyeglasses", train=200, test=20, alpha="0")
     found = edit.run(out="whole")
     assert list(found.rows.columns) == [
-        "source", "target", "attribute", "strength", "success", "low", "high", "kept", "cosine", "apart", "apart_unedited", "n",
-    ]  # fmt: skip
+        "source",
+        "target",
+        "attribute",
+        "strength",
+        "success",
+        "low",
+        "high",
+        "kept",
+        "cosine",
+        "apart",
+        "apart_unedited",
+        "n",
+    ]
     page = found._repr_html_()
     assert page.count("<svg") == 3 and "random ones in" in page and "own.py:Half (its own)" in page
     units = {path: path.stat().st_mtime_ns for path in (folder / "whole" / "units").iterdir()}

@@ -75,8 +75,13 @@ def test_numbers_and_classes_are_read_and_what_is_not_probed_is_said(folder: Pat
     page = (folder / "run" / "report.html").read_text()
     assert said in done.stdout and said in page and "Numbers, by R²" in page
     assert {p.name for p in (folder / "run" / "figures").glob("*.svg")} == {
-        "accuracy.svg", "match.svg", "change.svg", "classes.svg", "match-classes.svg", "change-classes.svg",
-    }  # fmt: skip
+        "accuracy.svg",
+        "match.svg",
+        "change.svg",
+        "classes.svg",
+        "match-classes.svg",
+        "change-classes.svg",
+    }
 
 
 @pytest.mark.slow
@@ -105,8 +110,10 @@ def test_classes_are_mapped_too_and_captions_are_probed_as_pictures_are(folder: 
     assert "Classes: how many are read right" in page and "Attributes" not in page.split("<h2>")[1]
     assert "Classes are read best from" in found.says and "<svg" in found._repr_html_()
     assert {p.name for p in (folder / "run" / "figures").glob("*.svg")} == {
-        "classes.svg", "match-classes.svg", "change-classes.svg",
-    }  # fmt: skip
+        "classes.svg",
+        "match-classes.svg",
+        "change-classes.svg",
+    }
 
 
 def test_probes_are_kept_in_the_run_s_folder(folder: Path) -> None:

@@ -234,9 +234,14 @@ def test_models_of_ones_own_from_start_to_report(folder: Path) -> None:
     truth, stitched = (load_png(pictures / f) for f in ("true-0.png", "0.png"))
     assert 0.02 < (truth - stitched).abs().mean() < 0.3
     assert sorted(p.name for p in (folder / "run" / "figures").glob("*.svg")) == [
-        "from-1.svg", "latent-mse.svg", "measures.svg", "more-reconstructions.svg", "reconstructions.svg", "samples-1.svg",
+        "from-1.svg",
+        "latent-mse.svg",
+        "measures.svg",
+        "more-reconstructions.svg",
+        "reconstructions.svg",
+        "samples-1.svg",
         "similarity.svg",
-    ]  # fmt: skip
+    ]
     page = (folder / "run" / "report.html").read_text()
     assert "Stitched reconstructions of avatars" in page and "Painter" in page
 
@@ -342,8 +347,14 @@ def test_a_convolutional_model_takes_the_others_image_size(folder: Path) -> None
     from diffusers import VQModel
 
     torch.manual_seed(0)
-    VQModel(sample_size=256, block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
-            up_block_types=("UpDecoderBlock2D",) * 2, num_vq_embeddings=16).save_pretrained(folder / "vq")  # fmt: skip
+    VQModel(
+        sample_size=256,
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        num_vq_embeddings=16,
+    ).save_pretrained(folder / "vq")
     vq, _ = load_spaces(["./vq", "./own.py:Larger"], device="cpu")
     assert vq.image_size == 64 and vq.shape == (3, 32, 32)
     assert vq.decode(vq.encode(torch.zeros(1, 3, 64, 64))).shape == (1, 3, 64, 64)

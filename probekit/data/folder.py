@@ -108,10 +108,18 @@ class ImageFolder:
         return self._labels.iloc[wanted].reset_index(drop=True).drop(columns=CAPTION, errors="ignore")
 
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[str]:
-        """What each picture shows, in words. Raises ProbekitError without a csv file that has a column `caption`."""
+        """What each picture shows, in words.
+
+        Raises ProbekitError without a csv file that has a column `caption`, and where an image's cell of it is empty.
+        """
         if self._labels is None or CAPTION not in self._labels:
             raise no_captions(self.name)
-        return self._labels[CAPTION].iloc[numbers(indices, self.name, len(self))].tolist()
+        wanted = numbers(indices, self.name, len(self))
+        found = self._labels[CAPTION].iloc[wanted].tolist()
+        if "" in found:
+            without = self._files[wanted[found.index("")]]
+            raise ProbekitError(f"data {self.name!r}: image {without!r} has an empty caption; write one, or delete its line")
+        return found
 
 
 def list_images(folder: Path) -> dict[str, int]:

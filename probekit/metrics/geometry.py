@@ -126,9 +126,11 @@ def distances(
 
 
 def interpolation_distances(
-    states: Sequence[Tensor] | Float[Tensor, "s _n ..."], noise: Float[Tensor, "n ..."], latent: Float[Tensor, "_n ..."],
+    states: Sequence[Tensor] | Float[Tensor, "s _n ..."],
+    noise: Float[Tensor, "n ..."],
+    latent: Float[Tensor, "_n ..."],
     points: int = 25,
-) -> Float[Tensor, "s points"]:  # fmt: skip
+) -> Float[Tensor, "s points"]:
     """How far each state of a trajectory is from points of the way from noise to latent; float64, on the CPU.
 
     D[i, j] = mean over rows of |x_i - (a_j latent + (1 - a_j) noise)|, a_j = linspace(0, 1, points). Source: Hidden
@@ -155,9 +157,13 @@ def interpolation_distances(
 
 
 def nearest(
-    queries: Rows, candidates: Rows, *, block: int | None = None, device: str | torch.device = "cpu",
+    queries: Rows,
+    candidates: Rows,
+    *,
+    block: int | None = None,
+    device: str | torch.device = "cpu",
     on_rows: Callable[[int], None] = lambda rows: None,
-) -> Int[Tensor, "n"]:  # fmt: skip
+) -> Int[Tensor, "n"]:
     """The number of each query's L2-nearest candidate among all m, (n,) on the CPU; the first of equal candidates.
 
     Tensors or arrays (n, ...) and (m, ...) with rows of one shape, flattened; memory maps and half precision too, as only

@@ -190,11 +190,10 @@ class _Spaces:
 
         @functools.cache
         def base() -> Tensor:
-            if not first:
-                return diffusion.noise([0], seed)
-            return diffusion.walk(
-                diffusion.noise([0], seed), lambda denoiser, part: sample(denoiser, part, schedule, keep=[first]).kept[first]
-            )
+            # in float64, so that sampling goes on as if it had not stopped here; mps has none
+            start = diffusion.noise([0], seed)
+            start = start if diffusion.device.type == "mps" else start.double()
+            return diffusion.walk(start, lambda denoiser, part: sample(denoiser, part, schedule, keep=[first]).kept[first])
 
         shape = tuple(read(torch.zeros(1, *diffusion.shape)).shape[1:])
         return LatentSpace(

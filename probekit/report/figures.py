@@ -17,11 +17,18 @@ if TYPE_CHECKING:
 def style() -> dict[str, Any]:
     """matplotlib's settings for every figure."""
     return {
-        "font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+        "font.family": "DejaVu Sans",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
         "axes.edgecolor": "#8a8880",
-        "xtick.color": "#3b3a36", "ytick.color": "#3b3a36", "text.color": "#26251f", "axes.labelcolor": "#26251f",
-        "svg.fonttype": "path", "svg.hashsalt": "probekit",
-    }  # fmt: skip
+        "xtick.color": "#3b3a36",
+        "ytick.color": "#3b3a36",
+        "text.color": "#26251f",
+        "axes.labelcolor": "#26251f",
+        "svg.fonttype": "path",
+        "svg.hashsalt": "probekit",
+    }
 
 
 def save_figure(figure: Figure, path: Path) -> str:

@@ -29,9 +29,15 @@ _PANELS = {  # title, label of the axis, its measures
     "L2 to the last picture": ("mean distance", ("L2",)),
 }
 _COLOURS = {
-    "sample to noise": "#2f6db5", "noise to sample": "#c8445b", "CKA": "#2f6db5", "SVCCA": "#d08a2c", "k-NN overlap": "#5b8c5a",
-    "SSIM": "#8a5aa8", "PSNR": "#8a5aa8", "L2": "#8a5aa8",
-}  # fmt: skip
+    "sample to noise": "#2f6db5",
+    "noise to sample": "#c8445b",
+    "CKA": "#2f6db5",
+    "SVCCA": "#d08a2c",
+    "k-NN overlap": "#5b8c5a",
+    "SSIM": "#8a5aa8",
+    "PSNR": "#8a5aa8",
+    "L2": "#8a5aa8",
+}
 _UNITS = {"sample to noise": "%", "noise to sample": "%", "PSNR": "dB"}
 
 
@@ -236,7 +242,14 @@ def _strip(run: Run, columns: list[int]) -> Figure:
                     ax.set_title(f"{step:,}", fontsize=8.5, pad=4)
                 if j == 0:
                     ax.text(-0.08, 0.5, f"noise {line}", transform=ax.transAxes, ha="right", va="center", fontsize=8)
-        figure.text((left + size * len(columns) / 2) / width, 1 - 0.03 / height, "training steps", ha="center", va="top",
-                    fontsize=9, fontweight="bold")  # fmt: skip
+        figure.text(
+            (left + size * len(columns) / 2) / width,
+            1 - 0.03 / height,
+            "training steps",
+            ha="center",
+            va="top",
+            fontsize=9,
+            fontweight="bold",
+        )
         figure.subplots_adjust(left=left / width, right=1 - 0.02 / width, bottom=0.02 / height, top=1 - top / height)
     return figure
