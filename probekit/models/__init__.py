@@ -99,7 +99,7 @@ def load_spaces(specs: Sequence[str], *, device: str = "auto", baseline: bool = 
     A model that several name is loaded once. Convolutional models among others take the others' image size, as All Roads has it
     with the VQ-VAE made for 256 pixels. Raises ProbekitError as `load_space`.
     """
-    wanted = [*specs, *(["random"] if baseline and "random" not in specs else [])]
+    wanted = [*specs, *(["random"] if baseline and not any(_split(spec)[0] == "random" for spec in specs) else [])]
     models: dict[str, Model] = {}
     for spec in wanted:
         name, _ = _split(spec)
@@ -122,7 +122,7 @@ def _split(spec: str) -> tuple[str, str]:
         return own[1], own[2] or ""
     parts = spec.split(":")
     for count in range(len(parts), 0, -1):
-        if Path(":".join(parts[:count])).expanduser().exists():
+        if _path(":".join(parts[:count])).exists():
             return ":".join(parts[:count]), ":".join(parts[count:])
     return parts[0], ":".join(parts[1:])
 

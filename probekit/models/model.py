@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -99,7 +100,13 @@ class Model:
         except ProbekitError as error:
             raise ProbekitError(f"space {called!r}: {str(error).removeprefix(f'model {self.name!r}: ')}") from error
         return dataclasses.replace(
-            made, model=self.name, family=self.family, image_size=self.image_size, label=called, weights=lambda: self.digest
+            made,
+            model=self.name,
+            family=self.family,
+            image_size=self.image_size,
+            label=called,
+            weights=lambda: self.weights,
+            made_of={**made.made_of, "networks": self._configs},
         )
 
     # --- conditions ------------------------------------------------------------------------------------------------------
@@ -191,11 +198,40 @@ class Model:
 
     @cached_property
     def digest(self) -> str:
+        """A fingerprint of the model, 12 hex digits: its weights, what its networks' configs say, and its scheduler's."""
+        scheduler = self.paints.pipeline.scheduler if self.paints else self.process.scheduler if self.process else None
+        configs = {**self._configs, "scheduler": _told(scheduler)}
+        return hashlib.sha256(json.dumps([self.weights, configs], sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+    @cached_property
+    def _configs(self) -> dict[str, Any]:
+        """What networks are built and scaled by, by their names; it leaves no trace in the weights."""
+        found: dict[str, Any] = {}
+        for name, module in self.network.named_modules() if self.network is not None else ():
+            # a part of a network that has said it all repeats it
+            if not any(name.startswith(f"{whole}.") for whole in found) and (told := _told(module)):
+                found[name] = told
+        return found
+
+    @cached_property
+    def weights(self) -> str:
         """A fingerprint of the weights, 12 hex digits: the tensors' names, shapes and values."""
         fingerprint = hashlib.sha256(f"{self.family}{self.source}".encode())
         for key, value in sorted(self.network.state_dict().items()) if self.network is not None else ():
             fingerprint.update(f"{key}{tuple(value.shape)}".encode() + value.detach().float().cpu().numpy().tobytes())
         return fingerprint.hexdigest()[:12]
+
+
+def _told(part: Any) -> dict[str, Any]:
+    """The config of a part of diffusers or transformers, without where it lay and who wrote it; of anything else nothing."""
+    config = getattr(part, "config", None)
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(config, Mapping):
+        return {}
+    passing = ("transformers_version", "dtype", "torch_dtype")
+    return {"class": type(part).__name__} | {
+        key: value for key, value in config.items() if not key.startswith("_") and key not in passing
+    }
 
 
 def _parameters(space: str, maker: Maker, given: Sequence[str], parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -144,7 +144,7 @@ class _Spaces:
             "the autoencoder's code",
             lambda images, _: diffusion.encode(images),
             diffusion.decode,
-            made_of=diffusion.made_of,
+            made_of={"precision": diffusion.made_of["precision"]},
         )
 
     def h(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ class Run:
         with writing(folder):
             if stored.exists():
                 self._refuse_another(_read_config(folder))
-            elif folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+            elif folder.exists() and any(_there(folder)):
                 raise ProbekitError(f"--out {str(folder)!r}: exists and is no run folder; name a new or an empty one")
             else:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -230,6 +230,11 @@ class _whole_folder:
                 if not self.final.is_dir():
                     raise
         shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _there(folder: Path) -> Iterator[Path]:
+    """What lies in a folder, but for what another process is writing, or was when it was killed; a file is all there is."""
+    yield from (path for path in (folder.iterdir() if folder.is_dir() else [folder]) if path.suffix != ".partial")
 
 
 def _flat(config: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
