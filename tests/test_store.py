@@ -81,8 +81,9 @@ def other_weights(folder: Path) -> None:
         lambda folder: edited(folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction"),
         lambda folder: edited(folder / "scheduler" / "scheduler_config.json", beta_end=0.03),
         lambda folder: edited(folder / "scheduler" / "scheduler_config.json", num_train_timesteps=900),
+        lambda folder: edited(folder / "unet" / "config.json", act_fn="gelu"),
     ],
-    ids=["weights", "prediction type", "noise levels", "timesteps"],
+    ids=["weights", "prediction type", "noise levels", "timesteps", "what leaves no trace in weights"],
 )
 def test_a_change_of_the_model_changes_what_its_latents_are_kept_under(
     ddpm: Path, space: str, change: Callable[[Path], None]
@@ -129,6 +130,16 @@ def test_the_caption_and_the_guidance_of_a_model_change_what_its_latents_are_kep
     model = text_to_image.as_model(tiny_sd, "tiny")
     under = [model, *(model.conditioned(**told) for told in ({"prompt": "a dog"}, {"guidance": 3.0}, {"prompt": "a fish"}))]
     assert len({each.space(space).digest for each in under}) == 4
+
+
+@pytest.mark.parametrize("space", ["code", "inverted", "h"])
+def test_how_an_autoencoder_scales_its_code_changes_what_latents_are_kept_under(
+    tiny_sd: Any, tmp_path: Path, space: str
+) -> None:
+    tiny_sd.save_pretrained(tmp_path / "sd")
+    before = load_space(f"{tmp_path / 'sd'}:{space}", device="cpu")
+    edited(tmp_path / "sd" / "vae" / "config.json", scaling_factor=0.5)
+    assert load_space(f"{tmp_path / 'sd'}:{space}", device="cpu").digest != before.digest
 
 
 @pytest.mark.parametrize("space", ["text", "text-eos"])
