@@ -302,6 +302,27 @@ def ldm_folder(tmp_path: Path) -> Path:
     return tmp_path / "ldm"
 
 
+@pytest.fixture
+def dit_folder(tmp_path: Path) -> Path:
+    """A DiTPipeline with classes."""
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    dit = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        num_embeds_ada_norm=1000,
+        norm_num_groups=1,  # DiTPipeline's empty class is number 1000
+    )
+    pipeline = DiTPipeline(scramble(dit), tiny_vae(), DDIMScheduler(clip_sample=False), id2label={3: "dog"})
+    pipeline.save_pretrained(tmp_path / "dit")
+    return tmp_path / "dit"
+
+
 def embedded(seed: int, *, negative: bool) -> dict[str, Any]:
     """A row for the pipelines that are given embeddings."""
     generator = torch.Generator().manual_seed(seed)

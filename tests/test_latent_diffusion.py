@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
-    DDIMScheduler,
     DDPMPipeline,
     DiTPipeline,
-    DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     LDMPipeline,
     UNet2DModel,
@@ -22,25 +20,7 @@ from probekit import ProbekitError, load
 from probekit.experiments.noise_map_run import NoiseMapRun
 from probekit.models.families import text_to_image
 from probekit.sampling import sample
-from tests.conftest import scramble, tiny, tiny_vae
-
-
-@pytest.fixture
-def dit_folder(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    dit = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        sample_size=8,
-        num_embeds_ada_norm=1000,
-        norm_num_groups=1,  # DiTPipeline's empty class is number 1000
-    )
-    pipeline = DiTPipeline(scramble(dit), tiny_vae(), DDIMScheduler(clip_sample=False), id2label={3: "dog"})
-    pipeline.save_pretrained(tmp_path / "dit")
-    return tmp_path / "dit"
+from tests.conftest import tiny
 
 
 def test_an_ldm_samples_what_its_pipeline_does(ldm_folder: Path) -> None:

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 from probekit import ProbekitError
+from probekit.data import load_data
 from probekit.data.scenes import (
     COLOURS,
     FACTORS,
@@ -11,12 +15,15 @@ from probekit.data.scenes import (
     PLACES,
     VALUES,
     Scene,
+    Scenes,
     all_scenes,
     controlled_pair,
     labels,
     render,
+    sample_scenes,
     split,
 )
+from probekit.images import save_png
 
 FISH = Scene("top left", "large", "fish", "red", "blue", "plain")
 
@@ -87,3 +94,76 @@ def test_pictures_that_differ_in_one_attribute_differ_only_where_it_is_drawn() -
 def test_labels_index_the_values() -> None:
     found = labels([FISH])
     assert {a: VALUES[a][int(i)] for a, i in found.items()} == {a: getattr(FISH, a) for a in VALUES}
+
+
+# --- as a data set -----------------------------------------------------------------------------------------------------
+
+
+def test_the_data_set_s_test_split_is_what_mini_sd_never_saw() -> None:
+    data = load_data("scenes", 64)
+    assert isinstance(data, Scenes) and len(data) == len(all_scenes()) and data.image_size == 64
+    train, test = data.split("train"), data.split("test")
+    assert sorted([*train, *test]) == list(range(len(data))) and len(test) == len(data) // 10
+    pool = all_scenes()
+    assert [pool[i] for i in test] == list(split(held_out=True))
+    trained_on = set(split(held_out=False)) | set(sample_scenes(2000, seeded()))
+    assert not trained_on & {pool[i] for i in test}
+    with pytest.raises(ProbekitError, match="split 'valid': choose train or test"):
+        data.split("valid")
+
+
+def test_captions_say_what_the_labels_say() -> None:
+    data = Scenes()
+    index = np.concatenate([data.split("test")[:200], data.split("train")[:200]])
+    captions, told = data.captions(index), data.labels(index)
+    assert list(told.columns) == list(VALUES) and len(captions) == len(told) == 400
+    for caption, (_, row) in zip(captions, told.iterrows(), strict=True):
+        assert {a: getattr(Scene.parse(caption), a) for a in VALUES} == dict(row)
+    assert all(tuple(told[a].cat.categories) == VALUES[a] for a in VALUES)
+
+
+@pytest.mark.parametrize("size", [64, 32])
+def test_a_scene_s_picture_is_the_same_in_every_call_and_batch(size: int) -> None:
+    data, index = Scenes(size), [7, 29_999, 0, 12_345, 7]
+    images = data.images(index)
+    assert images.shape == (5, 3, size, size) and images.dtype == torch.float32
+    assert images.min() >= -1 and images.max() <= 1
+    assert torch.equal(images, Scenes(size).images(np.array(index)))
+    assert torch.equal(images, torch.cat([data.images([i]) for i in index]))
+    assert torch.equal(images[0], images[4]) and not torch.equal(images[0], images[1])
+    assert data.images([]).shape == (0, 3, size, size) and data.captions([]) == []
+    other = Scenes(size, seed=1)
+    assert not torch.equal(other.images([7]), images[:1]) and other.captions([7]) == data.captions([7])
+    assert len({data.digest, other.digest, Scenes(size + 1).digest}) == 3
+
+
+def test_a_scene_that_is_not_there_is_refused() -> None:
+    for wanted in ([30_240], [-1]):
+        with pytest.raises(ProbekitError, match="scenes: numbers 0 to 30239"):
+            Scenes().images(wanted)
+
+
+def test_a_folder_of_pictures_with_captions_is_as_good(tmp_path: Path) -> None:
+    scenes = Scenes(16)
+    for i, image in enumerate(scenes.images(range(4))):
+        save_png(image, tmp_path / f"{i}.png")
+    lines = [f'{i}.png,"{caption}, drawn",{i}' for i, caption in enumerate(scenes.captions(range(3)))]
+    (tmp_path / "told.csv").write_text("\n".join(["file,caption,number", *lines, "3.png,,9"]))
+    data = load_data(f"folder:{tmp_path},labels=told.csv", 16)
+    assert data.captions([2, 0]) == [f"{caption}, drawn" for caption in scenes.captions([2, 0])]
+    assert list(data.labels([0, 1, 2, 3]).columns) == ["number"]
+    assert (data.images([1]) - scenes.images([1])).abs().max() < 0.01
+    with pytest.raises(ProbekitError, match=r"image '3\.png' has an empty caption; write one, or delete its line") as error:
+        data.captions([1, 3])
+    assert "\n" not in str(error.value)
+    (tmp_path / "other.csv").write_text("\n".join(["file,caption,number", *lines]).replace("drawn", "painted"))
+    assert load_data(f"folder:{tmp_path},labels=other.csv", 16).digest != data.digest
+
+
+@pytest.mark.parametrize("spec", ["avatars", "folder"])
+def test_data_without_captions_says_who_has_some(spec: str, tmp_path: Path) -> None:
+    save_png(torch.zeros(3, 8, 8), tmp_path / "a.png")
+    data = load_data(spec if spec == "avatars" else f"folder:{tmp_path}", 8)
+    with pytest.raises(ProbekitError, match="has no captions; scenes have, and a folder whose csv file has") as error:
+        data.captions([0])
+    assert "\n" not in str(error.value)
