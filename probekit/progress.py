@@ -7,18 +7,22 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """A progress bar with the time that has passed and the time that is left, and the function that advances it."""
+def progress(title: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """A progress bar with the time that has passed and the time that is left, and the function that advances it.
+
+    The function takes how far, and if there is something to say, that: `advance(1, "loss 0.2")`.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}", markup=False),
     )
     with Progress(*columns, transient=True) as bar:
-        task = bar.add_task(title, total=total, completed=done)
-        yield lambda count: bar.advance(task, count)
+        task = bar.add_task(title, total=total, completed=done, said="")
+        yield lambda count, said="": bar.update(task, advance=count, said=said)

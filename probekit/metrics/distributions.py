@@ -15,6 +15,7 @@ from probekit.hooks.errors import ProbekitError
 from probekit.metrics import lpips
 
 _BATCH = 50
+_DRAWN = 2**20  # row numbers that are drawn at a time
 _ALEXNET_LEAST = 64  # pixels; AlexNet's strides leave less than 3x3 of a smaller image
 
 
@@ -115,11 +116,22 @@ def bootstrap(
     """
     if not callable(statistic):
         values = np.asarray(statistic, dtype=np.float64)
-        return bootstrap(lambda rows: float(values[rows].mean()), len(values), seed=seed, resamples=resamples)
-    if not n or n < 1 or resamples < 1:
+        # the rows of all resamples at once: a thousand means of a few rows each would cost more calls than sums
+        return _bootstrap(lambda rows: values[rows].mean(-1), len(values), seed, resamples, at_once=True)
+    return _bootstrap(statistic, n or 0, seed, resamples, at_once=False)
+
+
+def _bootstrap(
+    statistic: Callable[[np.ndarray], Any], n: int, seed: int, resamples: int, *, at_once: bool
+) -> tuple[float, float, float]:
+    if n < 1 or resamples < 1:
         raise ProbekitError(f"bootstrap of {n} rows, {resamples} resamples: needs 1 or more of both")
     draw = np.random.default_rng(seed)
-    drawn = [statistic(draw.integers(n, size=n)) for _ in range(resamples)]
+    drawn: list[float] = []
+    size = max(1, _DRAWN // n) if at_once else 1
+    for start in range(0, resamples, size):
+        rows = draw.integers(n, size=(min(size, resamples - start), n))
+        drawn += statistic(rows).tolist() if at_once else [statistic(rows[0])]
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(statistic(np.arange(n))), float(low), float(high)
 

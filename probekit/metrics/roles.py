@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -36,20 +35,14 @@ def interval(values: Sequence[float], *, seed: int = 0, resamples: int = 2000) -
 
     Fewer than three values give the interval (0, 1).
     """
-    from scipy.stats import bootstrap
+    from probekit.metrics.distributions import bootstrap
 
     kept = np.asarray([v for v in values if not math.isnan(v)], dtype=float)
     if len(kept) == 0:
         return math.nan, math.nan, math.nan
-    value = float(kept.mean())
     if len(kept) < 3:  # one or two pairs tell nothing of the next
-        return value, 0.0, 1.0
-    if np.ptp(kept) == 0:  # nothing to resample
-        return value, value, value
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        bounds = bootstrap((kept,), np.mean, n_resamples=resamples, method="percentile", rng=seed).confidence_interval
-    return value, float(bounds.low), float(bounds.high)
+        return float(kept.mean()), 0.0, 1.0
+    return bootstrap(kept, seed=seed, resamples=resamples)
 
 
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:

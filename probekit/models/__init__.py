@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from probekit.bundled import MODELS, PIPELINES, trained, weights
 from probekit.hooks.errors import ProbekitError
@@ -25,6 +26,9 @@ from probekit.models.formats import HUB_ID, Format, Place
 from probekit.models.hub import choose_device
 from probekit.models.model import Model
 from probekit.models.papers import ddpm, diffusevae, rosinality, stylegan2_ada
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["FORMATS", "Model", "load", "load_space", "load_spaces"]
 
@@ -60,12 +64,12 @@ def load(name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto")
     Raises ProbekitError, in one line, for what is none of these and for a folder or file that cannot be read.
     """
     name = str(name_or_path)
-    place = choose_device(device)
+    chosen = choose_device(device)
     if name == "random":
         return random.as_model()
     if re.search(r"\.py:\w+$", name):
         file, _, class_name = name.rpartition(":")
-        return _on(place, dtype, custom.load_class(Path(file).expanduser(), class_name))
+        return _on(chosen, dtype, custom.load_class(Path(file).expanduser(), class_name))
     path = _path(name_or_path)
     if name in (*PIPELINES, *MODELS):
         if not trained(name):
@@ -77,11 +81,11 @@ def load(name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto")
         raise ProbekitError(
             f"model {name!r}: neither a bundled model ({', '.join(near)}) nor a folder nor a file nor a hub id (owner/name)"
         )
-    found = Place(name, path, place, dtype)
+    place = Place(name, path, chosen, dtype)
     for known in FORMATS:
-        if known.matches(found):
-            return _on(place, dtype, known.load(found))
-    raise ProbekitError(_unknown(found))
+        if known.matches(place):
+            return _on(chosen, dtype, known.load(place))
+    raise ProbekitError(_unknown(place))
 
 
 def load_space(spec: str, *, device: str = "auto", dtype: str = "auto") -> LatentSpace:
@@ -127,13 +131,14 @@ def _split(spec: str) -> tuple[str, str]:
     return parts[0], ":".join(parts[1:])
 
 
-def _on(device: object, dtype: str, loaded: Model) -> Model:
+def _on(device: torch.device, dtype: str, loaded: Model) -> Model:
+    """The model on that device. Raises ProbekitError for a precision that it does not compute in."""
     if loaded.paints is not None:
         return loaded
     if dtype not in ("auto", "float32"):
         raise ProbekitError(f"dtype {dtype!r}: a {loaded.family} computes in float32")
     if loaded.network is not None:
-        loaded.network.to(device).eval()  # type: ignore[call-overload]
+        loaded.network.to(device).eval()
     return loaded
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from probekit.models.model import Model
 
 HUB_ID = r"[\w.-]+/[\w.-]+"
+"""What Hugging Face's hub calls a model: owner/name."""
 
 
 @dataclass(frozen=True, eq=False)

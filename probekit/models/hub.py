@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probekit.hooks.errors import ProbekitError
+from probekit.models.formats import HUB_ID
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def place(path: str | Path, name: str) -> str:
     """What `from_pretrained` is to be given. Raises ProbekitError for what is neither a folder nor a hub id (owner/name)."""
     folder = Path(path).expanduser()
-    if not folder.is_dir() and (folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))):
+    if not folder.is_dir() and (folder.exists() or not re.fullmatch(HUB_ID, str(path))):
         raise ProbekitError(f"model {name!r}: {str(path)!r} is neither a folder nor a hub id (owner/name)")
     return str(folder if folder.is_dir() else path)
 

@@ -156,7 +156,7 @@ class Model:
 
     def _no_vae(self) -> ProbekitError:
         kind = self.paints.kind if self.paints is not None else self.family
-        return ProbekitError(f"model {self.name!r}: a {kind}, which has no VAE to bring images to its latents")
+        return ProbekitError(f"model {self.name!r}: a {kind}, which has no VAE known to bring images to its latents")
 
     def denoise_once(self) -> None:
         """Call the denoiser on one picture, for what watches its layers."""
@@ -224,7 +224,7 @@ class Model:
 
 def _told(part: Any) -> dict[str, Any]:
     """The config of a part of diffusers or transformers, without where it lay and who wrote it; of anything else nothing."""
-    config = getattr(part, "config", None)
+    config: Any = getattr(part, "config", None)
     config = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(config, Mapping):
         return {}

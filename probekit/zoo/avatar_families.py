@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from probekit.bundled import weights
 from probekit.data.avatars import IMAGE_SIZE, TRAIN, Avatars
 from probekit.models.families import glow, stylegan2, vae, vqvae
+from probekit.progress import progress
 from probekit.zoo.measured import Measured
 from probekit.zoo.training import Schedule, train
 
@@ -84,7 +84,12 @@ def evaluate(name: str, n: int, seed: int) -> list[Measured]:
     reader = avatar_reader()
 
     def batched(work: Callable[[Tensor], Tensor], items: Tensor, what: str) -> Tensor:
-        return torch.cat([work(part) for part in track(torch.split(items, 100), f"{name}: {what}")])
+        made = []
+        with progress(f"{name}: {what}", len(items)) as advance:
+            for part in torch.split(items, 100):
+                made.append(work(part))
+                advance(len(part))
+        return torch.cat(made)
 
     nan = float("nan")
     both = {s.name: s for s in model.spaces.values() if s.encoder and s.decoder}

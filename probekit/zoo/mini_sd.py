@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.progress import Progress
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from probekit.data.scenes import PLACES, SIZES, render, split
 from probekit.files import write_whole
+from probekit.progress import progress
 from probekit.zoo.measured import Measured
 from probekit.zoo.training import Schedule, train
 
@@ -161,8 +161,7 @@ def evaluate(n: int = 500, seed: int = 1) -> list[Measured]:
     scenes = sample_scenes(n, generator, held_out=True)
     drawn = render(scenes, generator)
     seen, decoded = [], []
-    with Progress() as progress:
-        task = progress.add_task("mini-sd paints", total=n)
+    with progress("mini-sd paints", n) as advance:
         for i in range(0, n, 50):
             captions = [s.caption for s in scenes[i : i + 50]]
             options = {"num_inference_steps": 20, "guidance_scale": GUIDANCE["mini-sd"]}
@@ -171,7 +170,7 @@ def evaluate(n: int = 500, seed: int = 1) -> list[Measured]:
             with torch.no_grad():
                 vae = model.pipeline.vae
                 decoded.append(reader.read(vae.decode(vae.encode(drawn[i : i + 50]).latent_dist.mean).sample))
-            progress.advance(task, len(captions))
+            advance(len(captions))
     truth = labels(scenes)
     bars = {"kind": 0.9, "colour": 0.95, "place": 0.95, "ground": 0.95, "texture": 0.95}
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from probekit.hooks.errors import ProbekitError
+from probekit.progress import progress
 from probekit.seeds import numbered
 
 Loss = Callable[[nn.Module, torch.Generator], tuple[Tensor, dict[str, float]]]
@@ -103,19 +103,9 @@ def train(
             os.fsync(file.fileno())
         partial.replace(checkpoint)
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[shown]}"),
-    )
     worker.train()
     saved_at = time.monotonic()
-    with Progress(*columns) as progress:
-        task = progress.add_task(title, total=schedule.steps, completed=first, shown="")
+    with progress(title, schedule.steps, first) as advance:
         for step in range(first, schedule.steps):
             if worker is not module:
                 torch._foreach_copy_([p.data for p in worker_parameters], parameters)
@@ -134,10 +124,10 @@ def train(
             optimizer.zero_grad()
             decay = min(schedule.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
-            numbers = {"loss": value.item(), **shown}
-            progress.update(task, advance=1, shown="  ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+            said = "  ".join(f"{key} {number:.4f}" for key, number in {"loss": value.item(), **shown}.items())
+            advance(1, said)
             if step % 100 == 99:
-                progress.console.print(f"{title} step {step + 1}: " + "  ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+                print(f"{title} step {step + 1}: {said}", flush=True)  # stands above the bar, and in a log
             if snapshots and step + 1 in snapshots:
                 snapshots[step + 1](_averaged(module, parameters, average))
             if time.monotonic() - saved_at > save_every_seconds:

@@ -1,7 +1,7 @@
 """Glow: a normalizing flow, whose latents hold an image without loss.
 
 Kingma and Dhariwal, Glow: Generative Flow with Invertible 1x1 Convolutions (2018), in the form of rosinality's glow-pytorch:
-the same arithmetic under the same state-dict names. It sees pixels in [-0.5, 0.5]; the spaces of `model` and `nll` convert.
+the same arithmetic under the same state-dict names. It sees pixels in [-0.5, 0.5]; the spaces of `as_model` and `nll` convert.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from probekit.models.model import Model, fixed
 from probekit.models.saved import rebuilt
 
 TEMPERATURE = 0.7  # of samples: rosinality's --temp
-IMAGE_SIZE = 64  # rosinality's --img_size, which its files do not hold
 
 
 class ActNorm(nn.Module):

@@ -24,7 +24,8 @@ def as_model(pipeline: Any, name: str) -> Model:
     """A diffusers text-to-image pipeline, with the spaces of a denoiser and those of captions.
 
     The spaces of noise and images are under the empty caption without guidance, `Model.conditioned` gives others; those of
-    captions are painted at the pipeline's own guidance scale. A pipeline without a VAE of its own has no spaces.
+    captions are painted at the pipeline's own guidance scale. A pipeline whose VAE is none, or of a kind not known here, paints
+    and has layers, but has no spaces.
     """
     defaults = {"guidance_scale": GUIDANCE[name]} if name in GUIDANCE else {}
     painter = Painter(pipeline, name, defaults)
@@ -39,7 +40,7 @@ def _under(condition: Condition, painter: Painter, network: nn.Module) -> Model:
     if condition.guidance is not None:
         painter.check_guidance(condition.guidance)
     diffusion, makers = None, dict[str, Maker]()
-    if getattr(pipeline, "vae", None) is not None:
+    if _has_known_latents(painter):
         diffusion = _diffusion(painter, condition)
         makers = denoiser_spaces(diffusion, painter, condition.guidance)
     return Model(
@@ -52,6 +53,15 @@ def _under(condition: Condition, painter: Painter, network: nn.Module) -> Model:
         paints=painter,
         on=lambda later: _under(condition.then(later), painter, network),
     )
+
+
+def _has_known_latents(painter: Painter) -> bool:
+    """Whether the states are a KL VAE's codes times its scaling factor, square pictures of them or Flux's tokens."""
+    vae = getattr(painter.pipeline, "vae", None)
+    if vae is None or not {"scaling_factor", "latent_channels"} <= vae.config.keys():
+        return False
+    sizes = hooks.denoiser(painter.pipeline).config
+    return painter.kind == "FluxPipeline" or isinstance(sizes.get("sample_size"), int)
 
 
 def _diffusion(painter: Painter, condition: Condition) -> Diffusion:

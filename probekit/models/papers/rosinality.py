@@ -8,10 +8,12 @@ from typing import Any, cast
 import torch
 
 from probekit.hooks.errors import ProbekitError
-from probekit.models.families.glow import FIRST, IMAGE_SIZE, Glow, as_model, config_of
+from probekit.models.families.glow import FIRST, Glow, as_model, config_of
 from probekit.models.formats import Format
 from probekit.models.model import Model
 from probekit.models.papers import checkpoint
+
+IMAGE_SIZE = 64  # its --img_size, which its files do not hold
 
 
 def matches(state_keys: Iterable[str]) -> bool:

@@ -14,15 +14,13 @@ from probekit.models.model import Model
 from probekit.models.papers.checkpoint import Foreign, allow
 
 # stylegan2-ada pickles every module as a call of this, with the source of the module's class among the arguments. The
-# source is text to us and stays so: the class is above, the file gives its data.
+# source is text to us and stays so: the classes are those of families.stylegan2, the file gives their data.
 _PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 
 
 def matches(content: Any) -> bool:
-    """Whether the content of a file, as `checkpoint.read` gives it, is StyleGAN2's: stylegan2-ada's pickle."""
-    if not isinstance(content, Mapping):
-        return False
-    if "G_ema" not in content:
+    """Whether the content of a file, as `checkpoint.read` gives it, is that of stylegan2-ada's pickle."""
+    if not isinstance(content, Mapping) or "G_ema" not in content:
         return False
     try:
         return "b4" in _part(_module(content["G_ema"], "synthesis"), "_modules")
