@@ -1,14 +1,18 @@
 # make demo: install and run the injection sweep.   make test: install and run the tests.   make lint: ruff and mypy.
+# make test-fast: the tests that take less than 5 seconds each.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-fast lint clean
 
 demo: .venv/installed
 	$(BIN)/probekit inject sweep --pairs 3 --num-steps 10 --out runs/inject-sweep/demo
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -q
+
+test-fast: .venv/installed-test
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 # the folders hooks/ and experiments/ install as parts of probekit: mypy is shown the packages as they are installed
 lint: .venv/installed-dev

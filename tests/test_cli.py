@@ -45,10 +45,11 @@ def test_help_and_import_answer_without_torch() -> None:
     assert shown.returncode == 0 and "inject" in said and "layers" in said
 
 
+@pytest.mark.slow
 def test_a_sweep_of_ones_own_pairs_from_start_to_report(tiny_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    sweep = ["inject", "sweep", "--model", tiny_folder, "--pairs-file", pairs_file, "--num-steps", "2", "--layers", "@mid",
-             "--layers", "@attentions", "--out", out]  # fmt: skip
+    layers = ["--layers", "@mid", "--layers", "@attentions"]
+    sweep = ["inject", "sweep", "--model", tiny_folder, "--pairs-file", pairs_file, "--num-steps", "2", *layers, "--out", out]
     done = probekit(*sweep)
     assert done.returncode == 0, done.stderr
     rows = pd.read_parquet(out / "results.parquet")
@@ -83,9 +84,9 @@ def test_what_a_sweep_writes_under_a_layers_name_is_of_that_layer_and_window(
     tiny_sd: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:
     original, edit = "a red fish", "a blue star"
-    sweep = ["inject", "sweep", "--model", tiny_folder, "--prompt-original", original, "--prompt-edit", edit, "--guidance", "2",
-             "--num-steps", "4", "--by-time", "--windows", "2", *(f"--layers={name}" for name in MIDDLE)]  # fmt: skip
-    assert probekit(*sweep, "--out", tmp_path).returncode == 0
+    prompts = ["--prompt-original", original, "--prompt-edit", edit]
+    options = ["--guidance", "2", "--num-steps", "4", "--by-time", "--windows", "2", *(f"--layers={name}" for name in MIDDLE)]
+    assert probekit("inject", "sweep", "--model", tiny_folder, *prompts, *options, "--out", tmp_path).returncode == 0
     rows = pd.read_parquet(tmp_path / "results.parquet").set_index(["layer", "window", "donor", "descriptor"])
     windows = {"all": (0, 1, 2, 3), "0%-50%": (0, 1), "50%-100%": (2, 3)}
     made = {}
@@ -112,6 +113,7 @@ def test_by_time_gives_a_map_of_layers_and_windows(tiny_folder: Path, pairs_file
     assert sorted(p.name for p in (tmp_path / "run" / "figures").glob("*.svg")) == ["layers.svg", "roles.svg", "time.svg"]
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(
     tiny_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
@@ -133,12 +135,10 @@ def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(
 
 
 def test_one_custom_injection_and_one_by_a_script(tiny_folder: Path, tmp_path: Path) -> None:
-    prompts = ["--model", tiny_folder, "--prompt-original", "a red fish", "--prompt-edit", "a blue star", "--num-steps", "2",
-               "--layers", "mid_block"]  # fmt: skip
-    assert (
-        probekit("inject", "image", *prompts, "--operation", "blend", "--weight", "0.5", "--out", tmp_path / "a.png").returncode
-        == 0
-    )
+    prompts = ["--prompt-original", "a red fish", "--prompt-edit", "a blue star"]
+    prompts += ["--model", tiny_folder, "--num-steps", "2", "--layers", "mid_block"]
+    blended = probekit("inject", "image", *prompts, "--operation", "blend", "--weight", "0.5", "--out", tmp_path / "a.png")
+    assert blended.returncode == 0, blended.stderr
     script = tmp_path / "mine.py"
     script.write_text("def operation(target, source, context):\n    return target + 0.5 * (source - target)\n")
     assert probekit("inject", "script", script, *prompts, "--out", tmp_path / "b.png").returncode == 0
@@ -210,6 +210,7 @@ def bad_inputs(tiny: Path, tmp: Path) -> dict[str, tuple[list[Any], str]]:
 TALKATIVE = ("unknown hub id", "a truncated file", "no such layer", "a number that is none")
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_exit_code_2(tiny_folder: Path, tmp_path: Path) -> None:
     cases = bad_inputs(tiny_folder, tmp_path)
     before = sorted(tmp_path.rglob("*"))

@@ -119,6 +119,7 @@ def test_psnr_and_ssim_are_those_of_torchmetrics(folder: Path, rows: pd.DataFram
     assert ((ours - peer).abs() < 0.01).all() and ((peer - narrow).abs() > 0.03).all()  # they cut the border differently
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(folder: Path) -> None:
     run = folder / "killed"
     unit, mark = run / "units" / "step-000000005.parquet", run / "states" / "step-000000040.done"

@@ -50,6 +50,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_direction_carried_from_a_rotated_copy_does_what_ones_own_does(folder: Path) -> None:
     run = [*RUN, "--models", "./own.py:Half,./own.py:Rotated", "--alpha", "0", "--out", "run"]
     done = probekit(*run, cwd=folder)

@@ -55,6 +55,7 @@ BARS: dict[str, dict[str, float]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
 def test_a_bundled_model_is_as_good_as_readme_says(name: str) -> None:
     bundled(name)
     measured = {row.what: row.value for row in evaluate(name, n=60, seed=3)}

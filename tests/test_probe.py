@@ -19,6 +19,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_what_can_be_read_off_a_space_survives_a_map_that_loses_nothing(folder: Path) -> None:
     done = probekit(*RUN, "--alpha", "0", "--out", "run", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -65,6 +66,7 @@ def test_a_run_whose_labels_are_all_too_rare_ends_with_its_reasons(folder: Path)
     assert done.returncode == 0 and "Eyeglasses: " in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(folder: Path) -> None:
     assert probekit(*RUN, "--out", "whole", cwd=folder).returncode == 0
     killed_once(RUN, folder, "killed")

@@ -109,6 +109,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_models_of_ones_own_from_start_to_report(folder: Path) -> None:
     done = probekit(*RUN, "--models", THREE, "--out", "run", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -152,6 +153,7 @@ def test_models_of_ones_own_from_start_to_report(folder: Path) -> None:
     assert probekit("describe", "run", cwd=folder).returncode == 0
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(folder: Path) -> None:
     models = ["--models", "./own.py:Pixels,./own.py:Rotated"]
     whole = probekit(*RUN, *models, "--out", "whole", cwd=folder)
@@ -188,6 +190,7 @@ def test_bad_input_is_refused_in_one_line(folder: Path, options: list[str], said
     assert not (folder / "run" / "results.parquet").exists()
 
 
+@pytest.mark.slow
 def test_more_samples_a_moved_model_and_new_weights_are_told_apart(folder: Path) -> None:
     few = ["stitch", "run", "--train", "120", "--test", "10", "--models", "./own.py:Pixels,./own.py:Painter"]
     assert probekit(*few, "--out", "few", cwd=folder).returncode == 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from probekit import hooks, load
-from probekit.data.scenes import all_scenes, labels, sample_scenes
+from probekit.data.scenes import VALUES, all_scenes, labels, sample_scenes
 from probekit.errors import ProbekitError
 from probekit.metrics.roles import NO_ROLE, roles, summarise
 from probekit.zoo import GUIDANCE, WEIGHTS, scene_clip, scene_reader, weights
@@ -101,12 +101,16 @@ def test_every_word_of_a_caption_is_one_token() -> None:
 
 
 def test_the_scene_reader_reads_held_out_scenes() -> None:
-    for attribute, share, bar, _ in scene_reader.evaluate(n=1000, seed=5):
+    rows = scene_reader.evaluate(n=1000, seed=5)
+    assert len(rows) == len(VALUES)
+    for attribute, share, bar, _ in rows:
         assert bar is not None and share >= bar, attribute
 
 
 def test_the_scene_clip_tells_captions_apart() -> None:
-    for what, share, *_ in scene_clip.evaluate(n=300, seed=5):
+    rows = scene_clip.evaluate(n=300, seed=5)
+    assert rows
+    for what, share, *_ in rows:
         assert share > 0.8, what
 
 
@@ -166,8 +170,8 @@ def test_roles_of_mini_sd_agree_between_two_halves_of_the_pairs(swept: Path) -> 
 
 
 def test_the_same_seed_gives_the_same_bytes_in_every_process(tmp_path: Path) -> None:
-    sweep = ["inject", "sweep", "--pairs", "1", "--factors", "structure", "--num-steps", "5", "--layers", "mid_block.*",
-             "--layers", "up_blocks.1.resnets.*", "--out"]  # fmt: skip
+    layers = ["--layers", "mid_block.*", "--layers", "up_blocks.1.resnets.*"]
+    sweep = ["inject", "sweep", "--pairs", "1", "--factors", "structure", "--num-steps", "5", *layers, "--out"]
     done = probekit(*sweep, "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with process(*sweep, "there", cwd=tmp_path) as run:
