@@ -216,7 +216,7 @@ def probe_values(
     return pd.DataFrame([done[name] for name in labels])
 
 
-def percent_match(own: Bool[np.ndarray, "n *a"], mapped: Bool[np.ndarray, "..."]) -> Float[np.ndarray, " *a"] | float:
+def percent_match(own: Bool[np.ndarray, "n *a"], mapped: Bool[np.ndarray, "..."]) -> Float[np.ndarray, " *a"] | Any:
     """How many of 100 predictions are the same, for each attribute: those of a space's probe on its own latents and on latents
     of the same images mapped into it from another space (All Roads, section 3.2; higher is better).
 
@@ -229,7 +229,7 @@ def percent_match(own: Bool[np.ndarray, "n *a"], mapped: Bool[np.ndarray, "..."]
 
 def percent_change(
     own: Float[np.ndarray, " *a"] | float, mapped: Float[np.ndarray, " *a"] | float
-) -> Float[np.ndarray, " *a"] | float:
+) -> Float[np.ndarray, " *a"] | Any:
     """100 (mapped - own) / own for a probe's accuracies on its own latents and on mapped ones; near 0 is better.
 
     Relative, as the paper's code has it (section 3.2 does not say): 80 % that become 60 % are a change of -25. NaN of 0.
