@@ -32,6 +32,7 @@ torch.save(reader.state_dict(), Path(sys.argv[1]) / "done.pt")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_training_killed_and_started_again_gives_the_weights_of_an_uninterrupted_one(tmp_path: Path, dtype: str) -> None:
     def start(name: str) -> subprocess.Popen[bytes]:
@@ -114,6 +115,7 @@ def test_the_scene_clip_tells_captions_apart() -> None:
         assert share > 0.8, what
 
 
+@pytest.mark.slow
 def test_mini_sd_paints_what_its_caption_says() -> None:
     """On 60 captions that training never saw, to within three standard errors of the bars that `zoo evaluate` prints."""
     model, reader = load("mini-sd", device="cpu"), scene_reader.load(weights("scene-reader"))
@@ -153,6 +155,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_roles_of_mini_sd_agree_between_two_halves_of_the_pairs(swept: Path) -> None:
     rows = pd.read_parquet(swept / "results.parquet")
     rows = rows[rows.descriptor == "reader"]
@@ -169,6 +172,7 @@ def test_roles_of_mini_sd_agree_between_two_halves_of_the_pairs(swept: Path) -> 
         assert all(half[layer.layer].idxmax() == layer.role for half in halves), layer.layer
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_in_every_process(tmp_path: Path) -> None:
     layers = ["--layers", "mid_block.*", "--layers", "up_blocks.1.resnets.*"]
     sweep = ["inject", "sweep", "--pairs", "1", "--factors", "structure", "--num-steps", "5", *layers, "--out"]
