@@ -50,6 +50,7 @@ def test_help_and_import_answer_without_torch() -> None:
     assert shown.returncode == 0 and "inject" in said and "layers" in said
 
 
+@pytest.mark.slow
 def test_a_sweep_of_ones_own_pairs_from_start_to_report(tiny_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     sweep = ["inject", "sweep", "--model", tiny_folder, "--pairs-file", pairs_file, "--num-steps", "2", "--out", out]
@@ -193,6 +194,7 @@ def test_by_time_gives_a_map_of_layers_and_windows(tiny_folder: Path, pairs_file
     assert sorted(p.name for p in (tmp_path / "run" / "figures").glob("*.svg")) == ["layers.svg", "roles.svg", "time.svg"]
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(
     tiny_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
@@ -304,6 +306,7 @@ def bad_inputs(tiny: Path, tmp: Path) -> dict[str, tuple[list[Any], str]]:
 TALKATIVE = ("unknown hub id", "a truncated file", "no such layer", "a number that is none")
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_exit_code_2(tiny_folder: Path, tmp_path: Path) -> None:
     cases = bad_inputs(tiny_folder, tmp_path)
     before = sorted(tmp_path.rglob("*"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,18 @@ BARS: dict[str, dict[str, float]] = {
     "avatar-ldm": {"reconstruction PSNR": 30, "attributes read off reconstructions": 0.97},
     "avatar-gan": {},
 }
+# the Fréchet distance of 60 samples, a tenth above what it is; of 60 other avatars it is 99
+MOST = {"avatar-vae": 171, "avatar-gan": 165, "avatar-flow": 193, "avatar-ddpm": 120, "mini-flow": 103, "avatar-ldm": 97}
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
 def test_a_bundled_model_is_as_good_as_readme_says(name: str) -> None:
     measured = {row.what: row.value for row in evaluate(name, n=60, seed=3)}
     for what, bar in BARS[name].items():
         assert measured[what] >= bar, (what, measured[what])
     samples = measured["Fréchet distance of samples"]
-    assert samples != samples or samples > 0  # NaN where there is no prior
+    assert math.isnan(samples) if name == "avatar-vqvae" else samples < MOST[name]  # it has no prior
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -378,10 +378,12 @@ def test_paths_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
     ):
         said = refused(path)
         assert "could not be loaded" not in said, said  # no hub is asked for what is plainly a file
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_files_and_folders_that_may_not_be_read_are_refused(tmp_path: Path) -> None:
     private = write(tmp_path / "private.pt", {})
     private.chmod(0)
-    if os.geteuid() == 0:
-        pytest.skip("root may read everything")
     refused(private, "Permission denied")
     private.chmod(0o600)
     tmp_path.chmod(0)

@@ -96,6 +96,7 @@ def test_the_report_is_one_page_that_fetches_nothing_and_can_be_shown_again(fold
     assert again == page
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_finished_blocks_are_kept_and_the_result_is_the_same(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

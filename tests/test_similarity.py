@@ -236,9 +236,12 @@ def test_fid_of_a_set_and_itself_is_zero() -> None:
     distributions._inception.cache_clear()
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     try:
-        assert inception_fid(images, images, 64) < 1e-4
+        found = inception_fid(images, images, 64)
     except ProbekitError as error:
+        if "cannot be had" not in str(error):  # its weights are downloaded
+            raise
         pytest.skip(str(error))
+    assert found < 1e-4
 
 
 # --- bootstrap ---------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def as_model(pipeline: Any, name: str) -> Model:
 
 
 def _under(condition: Condition, painter: Painter, network: nn.Module) -> Model:
-    name, pipeline = painter.name, painter.pipeline
+    name = painter.name
     if condition.label is not None:
         raise ProbekitError(f"--label {condition.label}: model {name!r} has no classes; give a --prompt")
     if condition.guidance is not None:
@@ -60,8 +60,8 @@ def _has_known_latents(painter: Painter) -> bool:
     vae = getattr(painter.pipeline, "vae", None)
     if vae is None or not {"scaling_factor", "latent_channels"} <= vae.config.keys():
         return False
-    sizes = hooks.denoiser(painter.pipeline).config
-    return painter.kind == "FluxPipeline" or isinstance(sizes.get("sample_size"), int)
+    config: Any = hooks.denoiser(painter.pipeline).config
+    return painter.kind == "FluxPipeline" or isinstance(config.get("sample_size"), int)
 
 
 def _diffusion(painter: Painter, condition: Condition) -> Diffusion:
