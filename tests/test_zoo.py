@@ -14,7 +14,7 @@ import torch
 
 from probekit import hooks, load
 from probekit.bundled import GUIDANCE, MODELS, WEIGHTS
-from probekit.data.scenes import all_scenes, labels, sample_scenes
+from probekit.data.scenes import VALUES, all_scenes, labels, sample_scenes
 from probekit.hooks.errors import ProbekitError
 from probekit.metrics import readers
 from probekit.metrics.roles import NO_ROLE, roles, summarise
