@@ -6,9 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -505,16 +506,18 @@ def test_conditions_add_up(mini_sd: Model, dit_folder: Path) -> None:
     assert dit.diffusion.condition == {"label": 3, "guidance": 2.0}
 
 
-def test_a_pipeline_without_a_vae_says_so(tiny_sd: Any) -> None:
+@pytest.mark.parametrize("vae", [None, types.SimpleNamespace(config={"z_dim": 16})])
+def test_a_pipeline_without_a_vae_or_with_one_of_another_kind_says_so(tiny_sd: Any, vae: Any) -> None:
     class Decoderless:
         """A pipeline that makes no images itself."""
 
-        components: dict[str, Any] = {"unet": tiny_sd.unet}  # noqa: RUF012
-        unet = tiny_sd.unet
+        components: ClassVar[dict[str, Any]] = {"unet": tiny_sd.unet}
+        unet, vae = tiny_sd.unet, None
 
         def set_progress_bar_config(self, disable: bool) -> None:
             pass
 
+    Decoderless.vae = vae
     model = text_to_image.as_model(Decoderless(), "own")
     for use in (lambda: model.diffusion, lambda: model.space("h"), lambda: model.space()):
         with pytest.raises(ProbekitError, match="model 'own': a Decoderless, which has no VAE") as error:
