@@ -225,13 +225,15 @@ class Model:
 def _told(part: Any) -> dict[str, Any]:
     """The config of a part of diffusers or transformers, without where it lay and who wrote it; of anything else nothing."""
     config: Any = getattr(part, "config", None)
-    config = config.to_dict() if hasattr(config, "to_dict") else config
-    if not isinstance(config, Mapping):
+    if hasattr(config, "to_dict"):
+        passing = ("transformers_version", "dtype", "torch_dtype")
+        told = {key: value for key, value in config.to_dict().items() if not key.startswith("_") and key not in passing}
+    elif isinstance(config, Mapping):
+        # diffusers keeps what a file says beyond the class's own arguments, such as another scheduler's
+        told = {key: config[key] for key in inspect.signature(type(part)).parameters if key in config}
+    else:
         return {}
-    passing = ("transformers_version", "dtype", "torch_dtype")
-    return {"class": type(part).__name__} | {
-        key: value for key, value in config.items() if not key.startswith("_") and key not in passing
-    }
+    return {"class": type(part).__name__, **told}
 
 
 def _parameters(space: str, maker: Maker, given: Sequence[str], parameters: Mapping[str, Any]) -> dict[str, Any]:
