@@ -157,7 +157,12 @@ class _Spaces:
         found, *more = hooks.select(known, [layer])
         if more:
             raise ProbekitError(f"layer {layer!r}: names {1 + len(more)} layers, one is needed ({found.name}, …)")
-        found.stream(stream)  # refuses one that the layer does not have
+        writes = found.stream(stream).writes  # refuses one that the layer does not have
+        if len(writes) > 1:  # a whole down block, whose skips have shapes of their own
+            if stream is not None:
+                one = ", ".join(name for name, each in found.streams.items() if len(each.writes) == 1)
+                raise ProbekitError(f"stream {stream!r} of layer {found.name}: is {len(writes)} tensors; choose {one}")
+            stream = next(name for name, each in found.streams.items() if len(each.writes) == 1)
         t, schedule = self._timestep(t, self.trained // 2), diffusion.schedule(steps)
         # noise and sampling go on from a state of the schedule, the one whose timestep is nearest
         first = min(range(len(schedule)), key=lambda step: abs(schedule.timesteps[step] - t))
