@@ -49,7 +49,7 @@ def class_conditional(dit: Any, labels: Int[Tensor, " n"], guidance: float = 1.0
 def captioned(pipeline: Any, rows: Sequence[dict[str, Any]], guidance: float = 1.0, **options: Any) -> Denoiser:
     """The network of a text-to-image pipeline with a caption a row, and classifier-free guidance (Ho and Salimans 2022).
 
-    rows: what the pipeline is called with, a dictionary a row (`TextToImage.row`). The pipeline is run for one step, and what
+    rows: what the pipeline is called with, a dictionary a row (`Painter.row`). The pipeline is run for one step, and what
     it tells its network beside the state and the timestep is kept: embeddings, masks, sizes, positions. States are latents as
     the network takes them, Flux's packed into tokens. Where guidance is built into the network (Flux) it is `guidance`, too.
     options: more of the pipeline's.

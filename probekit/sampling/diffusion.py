@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,10 +53,12 @@ class Diffusion:
     @property
     def made_of(self) -> dict[str, Any]:
         """What beyond the weights makes its images what they are: the noise schedule, the condition, the precision."""
-        config = {"_class_name": type(self.scheduler).__name__, **self.scheduler.config}
-        config = {key: value for key, value in config.items() if key != "_diffusers_version"}
+        # of its class's own arguments: diffusers keeps what the file says beyond them, such as another scheduler's
+        own = inspect.signature(type(self.scheduler)).parameters
+        config = {key: self.scheduler.config[key] for key in own if key in self.scheduler.config}
         precision = str(next(self.network.parameters()).dtype).removeprefix("torch.")
-        return {"scheduler": config, "condition": dict(self.condition), "precision": precision}
+        scheduler = {"class": type(self.scheduler).__name__, **config}
+        return {"scheduler": scheduler, "condition": dict(self.condition), "precision": precision}
 
     def schedule(self, steps: int) -> Schedule:
         """The model's schedule of that many steps. Raises ProbekitError as `Schedule.of`, naming the model."""
