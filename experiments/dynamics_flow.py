@@ -36,7 +36,7 @@ class DynamicsFlow(OnTraining):
     space: Annotated[
         str | None, typer.Option(help="Which of its spaces, as SPACE or SPACE:key=value. [default: its first]")
     ] = None
-    data: Annotated[str, typer.Option(help="avatars, scenes, celeba:PATH, folder:PATH or a folder.")] = "avatars"
+    data: Annotated[str, typer.Option(help="avatars, scenes, photos, celeba:PATH, folder:PATH or a folder.")] = "avatars"
     train: Annotated[int, typer.Option(min=10, help="Images that maps and probes are fitted on.")] = 9000
     kind: Annotated[str, typer.Option(help="lasso (the paper's), ridge or logistic.")] = "lasso"
 

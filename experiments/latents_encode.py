@@ -17,7 +17,7 @@ class LatentsEncode(Options):
     """Write the latents of a data set: a zarr array, with labels and where they come from beside it."""
 
     model: Annotated[str, typer.Argument(help="MODEL, MODEL:SPACE or MODEL:SPACE:key=value; file.py:Class for one's own.")]
-    data: Annotated[str, typer.Option(help="avatars, scenes, celeba:PATH, folder:PATH or a folder.")] = "avatars"
+    data: Annotated[str, typer.Option(help="avatars, scenes, photos, celeba:PATH, folder:PATH or a folder.")] = "avatars"
     split: Annotated[str, typer.Option(help="train or test.")] = "test"
     n: Annotated[int | None, typer.Option("--n", min=1, help="How many images, the split's first. [default: all of them]")] = (
         None

@@ -32,7 +32,7 @@ class OnSpaces(Experiment):
         str,
         typer.Option(help="Models, MODEL:SPACE or MODEL:SPACE:key=value, separated by commas; file.py:Class for one's own."),
     ] = FIVE
-    data: Annotated[str, typer.Option(help="avatars, scenes, celeba:PATH, folder:PATH or a folder.")] = "avatars"
+    data: Annotated[str, typer.Option(help="avatars, scenes, photos, celeba:PATH, folder:PATH or a folder.")] = "avatars"
     train: Annotated[int, typer.Option(min=10, help="Images that maps and probes are fitted on.")] = 9000
     test: Annotated[int, typer.Option(min=2, help="Images that they are tested on.")] = 100
     alpha: Annotated[str, typer.Option(help="Ridge penalty: loo (leave-one-out), paper (its table 1) or a number.")] = "loo"

@@ -489,7 +489,7 @@ def test_load_finds_every_kind_of_data_set(tmp_path: Path, monkeypatch: pytest.M
 def test_load_says_what_there_is(spec: str) -> None:
     with pytest.raises(ProbekitError) as error:
         load_data(spec, 64)
-    assert repr(spec) in one_line(error) and "choose avatars, scenes, celeba:PATH, folder:PATH" in one_line(error)
+    assert repr(spec) in one_line(error) and "choose avatars, scenes, photos, celeba:PATH, folder:PATH" in one_line(error)
 
 
 def test_load_refuses_an_image_without_pixels() -> None:

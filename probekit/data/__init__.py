@@ -1,4 +1,4 @@
-"""Data sets of images with labels: drawn ones with known factors, CelebA, and any folder."""
+"""Data sets of images with labels: drawn ones with known factors, patches of photographs, CelebA, and any folder."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def load_data(spec: str, image_size: int) -> Dataset:
 
     spec:
         `avatars`: drawn faces (`probekit.data.avatars.Avatars`);
+        `photos`: patches of photographs that installed packages carry (`probekit.data.photos.Photos`);
         `scenes`: captioned pictures of one object (`probekit.data.scenes.Scenes`);
         `celeba:PATH`: `img_align_celeba/` and the labels beside it (`probekit.data.celeba.CelebA`);
         `folder:PATH` or `folder:PATH,labels=FILE`: any images (`probekit.data.folder.ImageFolder`), the labels a csv file in
@@ -30,6 +31,10 @@ def load_data(spec: str, image_size: int) -> Dataset:
         from probekit.data.avatars import Avatars
 
         return Avatars(image_size)
+    if spec == "photos":
+        from probekit.data.photos import Photos
+
+        return Photos(image_size)
     if spec == "scenes":
         from probekit.data.scenes import Scenes
 
@@ -39,7 +44,7 @@ def load_data(spec: str, image_size: int) -> Dataset:
     root = Path(path).expanduser()
     if not path or (comma and not labels) or not (kind or root.is_dir()):
         raise ProbekitError(
-            f"data set {spec!r}: choose avatars, scenes, celeba:PATH, folder:PATH, folder:PATH,labels=FILE.csv, or the path of "
+            f"data set {spec!r}: choose avatars, scenes, photos, celeba:PATH, folder:PATH, folder:PATH,labels=FILE.csv, or the path of "
             "a folder"
         )
     if kind == "celeba" or (not kind and not comma and (root / "img_align_celeba").is_dir()):
