@@ -44,8 +44,8 @@ def load_data(spec: str, image_size: int) -> Dataset:
     root = Path(path).expanduser()
     if not path or (comma and not labels) or not (kind or root.is_dir()):
         raise ProbekitError(
-            f"data set {spec!r}: choose avatars, scenes, photos, celeba:PATH, folder:PATH, folder:PATH,labels=FILE.csv, or the path of "
-            "a folder"
+            f"data set {spec!r}: choose avatars, scenes, photos, celeba:PATH, folder:PATH, folder:PATH,labels=FILE.csv, or the "
+            "path of a folder"
         )
     if kind == "celeba" or (not kind and not comma and (root / "img_align_celeba").is_dir()):
         from probekit.data.celeba import CelebA
