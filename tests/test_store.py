@@ -104,7 +104,7 @@ def test_a_change_of_the_model_changes_what_its_latents_are_kept_under(
         ("noised", "noised:steps=20"),
         ("h", "h:t=300"),
         ("h", "h:layer=down_blocks.0"),
-        ("h:layer=down_blocks.0:stream=main", "h:layer=down_blocks.0:stream=skip"),
+        ("h:layer=conv_in:stream=main", "h:layer=conv_in:stream=skip"),
         ("h", "h:steps=20"),
         ("h", "h:seed=1"),
         ("noise", "noise:steps=20"),
