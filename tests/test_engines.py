@@ -198,6 +198,7 @@ def test_shards_keep_to_groups_and_together_do_every_unit_once(folder: Path, mon
             assert len([unit for unit in units if unit.group == group]) == 5  # samples, and four ways there and back
 
 
+@pytest.mark.slow
 def test_two_shards_at_once_and_one_killed_meanwhile_come_to_the_same(folder: Path) -> None:
     units = folder / "at-once" / "units"
     both = [process(*RUN, "--shard", f"{part}/2", "--out", "at-once", cwd=folder) for part in (1, 2)]
@@ -214,6 +215,7 @@ def test_two_shards_at_once_and_one_killed_meanwhile_come_to_the_same(folder: Pa
 # --- Ray ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ray_s_workers_give_the_bytes_of_a_local_run(folder: Path) -> None:
     import ray
 
@@ -247,6 +249,7 @@ def workers() -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_worker_that_is_killed_is_replaced_and_its_unit_done_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
@@ -266,6 +269,7 @@ def test_a_worker_that_is_killed_is_replaced_and_its_unit_done_again(folder: Pat
     same(folder, "ray-killed")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_unit_whose_worker_dies_once_is_begun_again_and_nothing_else_is(marks: Path) -> None:
     found = counting()(marks=str(marks), die="kill-once").run(out="run", engine="ray", workers=2)
@@ -276,6 +280,7 @@ def test_a_unit_whose_worker_dies_once_is_begun_again_and_nothing_else_is(marks:
     assert str(os.getpid()) not in {pid for some in pids.values() for pid in some}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize(
     ("die", "error", "said"),

@@ -313,6 +313,7 @@ def test_nearest_never_holds_more_than_a_block(monkeypatch: pytest.MonkeyPatch) 
     assert max(map(len, seen)) == 8 and {part.dtype for part in seen} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="what is resident of files is read from /proc")
 def test_what_was_read_or_written_through_memory_maps_does_not_stay_in_memory(tmp_path: Path) -> None:
     """Two times 235 MiB, in blocks as a run keeps them, and as one file. Only pages of files are counted: how much torch takes

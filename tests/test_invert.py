@@ -133,6 +133,7 @@ def written(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for part in ("units", "states") for path in (folder / part).rglob("*.*")}
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_gives_the_same_rows_and_makes_nothing_twice(folder: Path, finished: Path) -> None:
     units = folder / "killed" / "units"
     killed(*RUN, "--out", "killed", cwd=folder, when=(units / "plain-0000000.parquet").exists)
@@ -225,6 +226,7 @@ def test_a_trajectory_is_the_same_however_many_rows_go_at_a_time(folder: Path, m
         pd.testing.assert_frame_equal(other, found[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_trajectory_goes_on_with_another_batch_size_and_counts_no_row_twice(folder: Path) -> None:
     arguments = ["invert", "trajectory", "--model", "ddpm", "--steps", "10", "--n", "192", "--device", "cpu"]
     killed_once([*arguments, "--batch-size", "64"], folder, "cut", again=[*arguments, "--batch-size", "48"])
@@ -232,6 +234,7 @@ def test_a_killed_trajectory_goes_on_with_another_batch_size_and_counts_no_row_t
     assert len(rows) == 3 * 11 * 25 and rows.n.sum() == 192 * 11 * 25
 
 
+@pytest.mark.slow
 def test_a_killed_interpolation_keeps_what_it_has(folder: Path) -> None:
     arguments = ["invert", "interpolate", "--model", "ddpm", "--steps", "20", "--data", "folder:images", "--device", "cpu"]
     killed_once(arguments, folder, "cut-between")

@@ -325,6 +325,7 @@ def test_a_digest_tells_all_that_makes_latents_apart_and_nothing_else(mini_sd: M
         assert len({spaces[name].digest, *(mini_sd.conditioned(**c).space(name).digest for c in conditions)}) == 5, name
 
 
+@pytest.mark.slow
 def test_digests_are_the_same_in_every_process(tmp_path: Path) -> None:
     """Also where a scheduler's file leaves much to its defaults, as those of Stable Diffusion 1 do."""
     from tests.conftest import tiny

@@ -284,6 +284,7 @@ def test_python_gets_the_findings_and_the_same_again_for_nothing(folder: Path) -
         StitchRun(train=3)
 
 
+@pytest.mark.slow
 def test_shards_in_any_order_give_the_results_of_one_run(folder: Path) -> None:
     stitch = StitchRun(models=THREE, train=130, test=10)
     stitch.run(out="whole")
