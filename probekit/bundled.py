@@ -7,8 +7,8 @@ from pathlib import Path
 PIPELINES = ("mini-sd",)
 """Bundled text-to-image pipelines."""
 
-MODELS = ("avatar-vae", "avatar-vqvae", "avatar-gan", "avatar-flow", "avatar-ddpm", "mini-flow", "avatar-ldm")
-"""Bundled models of avatars."""
+MODELS = ("avatar-vae", "avatar-vqvae", "avatar-gan", "avatar-flow", "avatar-ddpm", "photo-ddpm", "mini-flow", "avatar-ldm")
+"""Bundled models with latent spaces: of avatars, and one of photographs."""
 
 GUIDANCE = {"mini-sd": 3.0}
 """The guidance scale at which a bundled pipeline was measured."""

@@ -18,8 +18,9 @@ from tests.conftest import quick_spaces
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_bundled_model_encodes_decodes_and_samples_as_it_says(name: str) -> None:
-    model, images = load(name, device="cpu"), Avatars().images([20_000, 20_001, 20_002])
-    families = {"avatar-gan": "stylegan2", "avatar-flow": "glow", "mini-flow": "flow"}
+    model, data = load(name, device="cpu"), FAMILIES[name].data()
+    images = data.images(data.split("test")[:3])
+    families = {"avatar-gan": "stylegan2", "avatar-flow": "glow", "mini-flow": "flow", "photo-ddpm": "ddpm"}
     assert model.image_size == 32 and model.family == families.get(name, name.removeprefix("avatar-"))
     for space in quick_spaces(model, steps=5).values():
         latents = None
@@ -66,7 +67,7 @@ def test_a_recipe_s_loss_has_gradients_for_every_weight_and_repeats_with_its_gen
     family = FAMILIES[name]
     torch.manual_seed(0)
     network = family.build()
-    images = Avatars().images(range(4))
+    images = family.data().images(range(4))
     family.loss(network, images, torch.Generator().manual_seed(7))  # a flow takes its first scale from its first batch
     values = [family.loss(network, images.clone(), torch.Generator().manual_seed(7))[0] for _ in range(2)]
     assert torch.equal(*values)

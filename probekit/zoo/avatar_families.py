@@ -1,4 +1,4 @@
-"""Generative models of avatars: the five families of All Roads Lead to Rome, rectified flow, and latent diffusion."""
+"""Generative models of avatars: the five families of All Roads, rectified flow, latent diffusion; and a DDPM of photos."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from probekit.bundled import weights
-from probekit.data.avatars import IMAGE_SIZE, TRAIN, Avatars
+from probekit.data.avatars import IMAGE_SIZE, Avatars
+from probekit.data.dataset import Dataset
+from probekit.data.photos import Photos
 from probekit.models.families import glow, stylegan2, vae, vqvae
 from probekit.progress import progress
 from probekit.zoo.measured import Measured
@@ -28,7 +30,10 @@ Images = Float[Tensor, "n 3 h w"]
 
 @dataclass(frozen=True)
 class Family:
-    """One family's recipe. keep: after how many steps the weights of that moment are kept beside the final ones."""
+    """One family's recipe.
+
+    keep: after how many steps the weights of that moment are kept beside the final ones. data: what it learns.
+    """
 
     build: Callable[[], nn.Module]
     loss: Callable[[Any, Images, torch.Generator], tuple[Tensor, Numbers]]
@@ -36,15 +41,18 @@ class Family:
     schedule: Schedule
     batch: int
     keep: tuple[int, ...] = ()
+    data: Callable[[], Dataset] = Avatars
 
 
 def train_and_save(name: str, folder: Path, checkpoints: Path, *, seed: int = 0) -> None:
-    """Train one of `FAMILIES` on the training avatars and write its weights; snapshots go to `folder`/step-<n>."""
-    family, avatars = FAMILIES[name], Avatars()
+    """Train one of `FAMILIES` on the training part of its data and write its weights; snapshots go to `folder`/step-<n>."""
+    family = FAMILIES[name]
+    data = family.data()
+    training = data.split("train")
 
     def loss(network: nn.Module, generator: torch.Generator) -> tuple[Tensor, Numbers]:
-        index = torch.randint(TRAIN, (family.batch,), generator=generator).numpy()
-        return family.loss(network, avatars.images(index), generator)
+        index = training[torch.randint(len(training), (family.batch,), generator=generator).numpy()]
+        return family.loss(network, data.images(index), generator)
 
     def keep(step: int) -> Callable[[nn.Module], None]:
         return lambda network: family.save(network, folder / f"step-{step:06d}")
@@ -63,25 +71,24 @@ def train_and_save(name: str, folder: Path, checkpoints: Path, *, seed: int = 0)
 
 
 def evaluate(name: str, n: int, seed: int) -> list[Measured]:
-    """How well a bundled model keeps and makes avatars, on n test avatars (at most 10,000) and as many samples.
+    """How well a bundled model keeps and makes pictures, on n test pictures (at most 10,000) and as many samples.
 
     Reconstructions are decode(encode(image)) in the first space that does both, `mean` for the VAE and `inverted` for what has
-    it. The Fréchet distances are over AlexNet features and depend on n: beside them stands that of training avatars, the least
-    there is to reach. LPIPS is taken at 64x64. The reader's accuracy is the share of all attributes that it finds in a
-    reconstruction as they are.
+    it. The Fréchet distances are over AlexNet features and depend on n: beside them stands that of training pictures, the
+    least there is to reach. LPIPS is taken at 64x64. The reader's accuracy is the share of all attributes that it finds in an
+    avatar's reconstruction as they are. Test photos show other parts of the photographs than training photos do, so their
+    distance is no least one: samples can be nearer.
     """
     from probekit.metrics import lpips
     from probekit.metrics.distributions import alexnet_features, frechet
     from probekit.metrics.readers import avatar_reader
     from probekit.models import load
 
-    model, avatars = load(name, device="cpu"), Avatars()
-    index = avatars.split("test")[:n]
+    model, data = load(name, device="cpu"), FAMILIES[name].data()
+    index, training = data.split("test")[:n], data.split("train")
     generator = torch.Generator().manual_seed(seed)
-    test = avatars.images(index)
-    truth = torch.tensor(avatars.labels(index).to_numpy())
-    drawn = avatars.images(torch.randint(TRAIN, (len(index),), generator=generator).numpy())
-    reader = avatar_reader()
+    test = data.images(index)
+    drawn = data.images(training[torch.randint(len(training), (len(index),), generator=generator).numpy()])
 
     def batched(work: Callable[[Tensor], Tensor], items: Tensor, what: str) -> Tensor:
         made = []
@@ -101,7 +108,9 @@ def evaluate(name: str, n: int, seed: int) -> list[Measured]:
         error = ((rebuilt - test) / 2).square().mean((1, 2, 3)).clamp_min(1e-12)
         psnr = (-10 * error.log10()).mean().item()
         perceptual = lpips.distances(rebuilt, test).mean().item()
-        accuracy = (reader.read(rebuilt) == truth).float().mean().item()
+        if isinstance(data, Avatars):
+            truth = torch.tensor(data.labels(index).to_numpy())
+            accuracy = (avatar_reader().read(rebuilt) == truth).float().mean().item()
         of_rebuilt = frechet(alexnet_features(rebuilt), reference)
     prior = next((s for s in model.spaces.values() if s.sampler and s.decoder), None)
     if prior is not None:
@@ -113,7 +122,7 @@ def evaluate(name: str, n: int, seed: int) -> list[Measured]:
         Measured("attributes read off reconstructions", accuracy),
         Measured("Fréchet distance of reconstructions", of_rebuilt, None, "(AlexNet)"),
         Measured("Fréchet distance of samples", of_samples, None, "(AlexNet)"),
-        Measured("Fréchet distance of training avatars", frechet(alexnet_features(drawn), reference), None, "(AlexNet)"),
+        Measured("Fréchet distance of training pictures", frechet(alexnet_features(drawn), reference), None, "(AlexNet)"),
     ]
 
 
@@ -392,6 +401,16 @@ FAMILIES: dict[str, Family] = {
         Schedule(steps=6_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True),
         batch=32,
         keep=(100, 200, 400, 700, 1_100, 1_700, 2_600),
+    ),
+    # avatar-ddpm's network and schedule: what differs between the two are their pictures
+    "photo-ddpm": Family(
+        build_ddpm,
+        ddpm_loss,
+        _save_ddpm,
+        Schedule(steps=6_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True),
+        batch=32,
+        keep=(100, 400, 1_100, 2_600),
+        data=Photos,
     ),
     "mini-flow": Family(
         build_ddpm,

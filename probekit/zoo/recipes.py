@@ -45,7 +45,7 @@ def _evaluate_mini_sd(n: int, seed: int) -> list[Measured]:
     return mini_sd.evaluate(n, seed)
 
 
-def _avatar_recipe(name: str) -> Recipe:
+def _family_recipe(name: str) -> Recipe:
     # the families' modules import diffusers, which a list of names can do without
     def train(folder: Path, checkpoints: Path, seed: int) -> None:
         from probekit.zoo import avatar_families
@@ -57,15 +57,16 @@ def _avatar_recipe(name: str) -> Recipe:
 
         return avatar_families.evaluate(name, n, seed)
 
-    return Recipe(_AVATARS[name], train, evaluate)
+    return Recipe(_FAMILIES[name], train, evaluate)
 
 
-_AVATARS = {
+_FAMILIES = {
     "avatar-vae": "VAE of 32x32 avatars in DiffuseVAE's architecture, a code of 128",
     "avatar-vqvae": "VQModel of avatars: a grid of 3x8x8, 2,048 codes",
     "avatar-gan": "StyleGAN2 of avatars: z and w of 64",
     "avatar-flow": "Glow of avatars: three levels of eight flows, affine couplings; and its weights as it learned",
     "avatar-ddpm": "DDPM of avatars: UNet2DModel, linear schedule of 1,000 steps; and its weights as it learned",
+    "photo-ddpm": "DDPM of patches of photographs: avatar-ddpm's U-Net and schedule; and its weights as it learned",
     "mini-flow": "rectified flow of avatars: avatar-ddpm's U-Net, trained to predict velocity",
     "avatar-ldm": "latent diffusion of avatars: a UNet2DModel on avatar-vqvae's grid",
 }
@@ -91,5 +92,5 @@ RECIPES: dict[str, Recipe] = {
         lambda folder, checkpoints, seed: avatar_reader.train_and_save(folder, checkpoints, seed=seed),
         avatar_reader.evaluate,
     ),
-    **{name: _avatar_recipe(name) for name in MODELS},
+    **{name: _family_recipe(name) for name in MODELS},
 }
