@@ -9,10 +9,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .architectures import GROUPS, Layer, Stream, bind, default_layers, layers, output_shapes, select
+    from .architectures import (
+        BLOCKS,
+        DENOISERS,
+        GROUPS,
+        Block,
+        Denoiser,
+        Layer,
+        Stream,
+        default_layers,
+        layers,
+        output_shapes,
+        select,
+    )
     from .captures import Captured, capture
     from .errors import ProbekitError
-    from .injections import Context, Injection, Operation, Row, Stored, add, blend, inject, replace
+    from .injections import Context, Injection, Mean, Nothing, Operation, Row, Stored, add, blend, inject, replace
+    from .sites import bind
     from .steps import Steps, distinct_timesteps
     from .sweeps import Swept, denoiser, stack, sweep
     from .tracing import layer, trace
@@ -20,19 +33,50 @@ if TYPE_CHECKING:
 _MODULES = {
     "captures": ("Captured", "capture"),
     "errors": ("ProbekitError",),
-    "injections": ("Context", "Injection", "Operation", "Row", "Stored", "add", "blend", "inject", "replace"),
-    "architectures": ("GROUPS", "Layer", "Stream", "bind", "default_layers", "layers", "output_shapes", "select"),
+    "injections": (
+        "Context",
+        "Injection",
+        "Mean",
+        "Nothing",
+        "Operation",
+        "Row",
+        "Stored",
+        "add",
+        "blend",
+        "inject",
+        "replace",
+    ),
+    "architectures": (
+        "BLOCKS",
+        "DENOISERS",
+        "GROUPS",
+        "Block",
+        "Denoiser",
+        "Layer",
+        "Stream",
+        "default_layers",
+        "layers",
+        "output_shapes",
+        "select",
+    ),
+    "sites": ("bind",),
     "steps": ("Steps", "distinct_timesteps"),
     "sweeps": ("Swept", "denoiser", "stack", "sweep"),
     "tracing": ("layer", "trace"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
+    "BLOCKS",
+    "DENOISERS",
     "GROUPS",
+    "Block",
     "Captured",
     "Context",
+    "Denoiser",
     "Injection",
     "Layer",
+    "Mean",
+    "Nothing",
     "Operation",
     "ProbekitError",
     "Row",

@@ -1,29 +1,51 @@
-"""The named layers of a denoiser, in execution order, and where each reads and writes the image stream.
+"""The named layers of a denoiser, in execution order, and where each reads and writes the image and the text.
 
-This is the only place that knows what a diffusers block returns. A layer is named as diffusers spells it
-(`down_blocks.2.resnets.1`, `transformer_blocks.7`); a layer carries one or more streams:
+This is the only place that knows what the blocks of diffusers take and return. `BLOCKS` says it of every block, `DENOISERS` of
+every denoiser: its stacks in execution order, and how the time it is given belongs to the schedule. What neither names is
+refused by name when its layers are asked for; an entry of one's own makes it known.
+
+A layer is named as diffusers spells it (`down_blocks.2.resnets.1`, `transformer_blocks.7`), and so is what lies inside one
+(`transformer_blocks.7.attn2`, `….attn2.to_k`; `….attn2:heads=3,5` are two heads of it). It carries one or more streams:
 
 - U-Net encoders write their tensor to the `main` path and to a `skip` connection; `both` (the default) writes both;
-- blocks of SD3 and Flux carry an `image` stream (the default) and a `text` stream, and `both`;
-- everything else has the one stream `main`.
+- blocks that carry text beside the image have an `image` stream (the default), a `text` stream, and `both`;
+- a cross-attention and its keys and values have, beside `main`, the `text` that they are conditioned on;
+- everything else has the one stream `main`, or `text` where it holds text alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
-import inspect
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .errors import ProbekitError
+from .sites import Site, Tokens, attach, bind, read
 
-Kind = Literal["resnet", "attention", "block", "mid", "conv", "sampler", "projection"]
+Kind = Literal[
+    "resnet",
+    "attention",
+    "block",
+    "mid",
+    "conv",
+    "sampler",
+    "projection",
+    "self-attention",
+    "cross-attention",
+    "joint-attention",
+    "feed-forward",
+    "query",
+    "key",
+    "value",
+]
 
 GROUPS: dict[str, tuple[Kind, ...]] = {
     "@resnets": ("resnet",),
@@ -33,40 +55,44 @@ GROUPS: dict[str, tuple[Kind, ...]] = {
     "@convs": ("conv",),
     "@samplers": ("sampler",),
     "@projections": ("projection",),
-    "@all": ("resnet", "attention", "block", "mid", "conv", "sampler", "projection"),
+    "@all": get_args(Kind)[:7],
+    "@self-attention": ("self-attention",),
+    "@cross-attention": ("cross-attention",),
+    "@joint-attention": ("joint-attention",),
+    "@feed-forward": ("feed-forward",),
 }
-"""Names that select layers by kind."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """One tensor at a module's border.
-
-    `path` leads into the module's output (item numbers; an empty path means the output itself, or the only
-    tensor of a tuple or output object), or into its input (the argument's name, then item numbers).
-    """
-
-    module: str
-    path: tuple[int | str, ...] = ()
-    border: Literal["output", "input"] = "output"
+"""Names that select layers by kind; `@all` are all but what lies inside others."""
+_INSIDE = get_args(Kind)[7:]
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The sites a stream writes, and the sites that must keep their value although they share a written tensor."""
+    """The sites a stream writes, and the sites that must keep their value although they share a written tensor.
+
+    bypass: for each written site, the one in the same module's input whose value it has if the layer does nothing; None where
+    that is zero, since the output is added to the stream. Without it the layer cannot be left out.
+    """
 
     writes: tuple[Site, ...]
     keeps: tuple[Site, ...] = ()
+    bypass: tuple[Site | None, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A place in a denoiser whose activation can be captured and swapped; the first of `streams` is the default."""
+    """A place in a denoiser whose activation can be captured and swapped; the first of `streams` is the default.
+
+    order: where in the execution it is written: 0, 1, 2, … and, of what lies inside another layer, a fraction before it.
+    heads: of an attention and its queries, keys and values, by stream, the sites whose last dimension is the heads', one after
+    the other: the site, the first feature, the number of heads, and the features of one.
+    """
 
     name: str
-    order: int
+    order: float
     kind: Kind
     streams: Mapping[str, Stream] = field(repr=False, compare=False)
+    inside: str | None = None
+    heads: Mapping[str, tuple[tuple[Site, int, int, int], ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def stream(self, name: str | None = None) -> Stream:
         """The stream of that name, or the default one. Raises ProbekitError when the layer has no such stream."""
@@ -76,18 +102,57 @@ class Layer:
             raise ProbekitError(f"stream {name!r} of layer {self.name}: it has {', '.join(self.streams)}")
         return self.streams[name]
 
+    def only(self, heads: Sequence[int]) -> Layer:
+        """Chosen heads of this layer. Raises ProbekitError where it has no heads, or none of that number."""
+        if not self.heads:
+            raise ProbekitError(f"layer {self.name}: it is no attention whose heads are known")
+        streams: dict[str, Stream] = {}
+        for name, sites in self.heads.items():
+            writes = []
+            for site, first, count, size in sites:
+                if outside := [head for head in heads if not 0 <= head < count]:
+                    raise ProbekitError(f"head {outside[0]} of layer {self.name}: it has heads 0 to {count - 1}")
+                ranges = tuple((first + head * size, first + (head + 1) * size) for head in sorted(set(heads)))
+                writes.append(replace(site, features=ranges))
+            streams[name] = Stream(tuple(writes), bypass=(None,) * len(writes) if self.kind in _ATTENTIONS else None)
+        text = ",".join(map(str, sorted(set(heads))))
+        return replace(self, name=f"{self.name}:heads={text}", streams=streams, heads={})
+
+
+_ATTENTIONS = ("self-attention", "cross-attention", "joint-attention")
+
 
 def layers(model: nn.Module) -> list[Layer]:
-    """Every layer of a denoiser in execution order.
+    """Every layer of a denoiser in execution order, also those inside others; or of a text encoder.
 
-    Knows `UNet2DConditionModel`, `UNet2DModel` and whatever is built of their blocks, SD3 and Flux with their two streams,
-    and takes any other model that holds stacks of transformer blocks. Raises ProbekitError where there is neither.
+    Raises ProbekitError for a model or a block in it that is not registered.
     """
-    is_unet = hasattr(model, "down_blocks") and hasattr(model, "up_blocks")
-    found = list(_unet(model) if is_unet else _transformer(model))
+    found: list[_Found] = []
+    if isinstance(getattr(model, "down_blocks", None), nn.ModuleList):
+        found = list(_unet(model))
+    elif (denoiser := denoiser_of(model)) is not None:
+        found = list(_transformer(model, denoiser))
+    elif stack := next((path for path in _TEXT_STACKS if _has(model, path)), None):
+        found = list(_text_encoder(model, stack))
     if not found:
-        raise ProbekitError(f"{type(model).__name__} has neither U-Net blocks nor a stack of transformer blocks")
-    return [Layer(name, order, kind, streams) for order, (name, kind, streams) in enumerate(found)]
+        raise ProbekitError(
+            f"{type(model).__name__} is no denoiser known here: no U-Net of diffusers' blocks, and none of "
+            f"{', '.join(DENOISERS)}; hooks.DENOISERS takes another"
+        )
+    numbered: list[Layer] = []
+    order, within = -1, list[_Found]()
+    for one in found:
+        if one.inside is not None:
+            within.append(one)
+            continue
+        numbered += [
+            Layer(part.name, order + (i + 1) / (len(within) + 1), part.kind, part.streams, part.inside, part.heads)
+            for i, part in enumerate(within)
+        ]
+        order += 1
+        numbered.append(Layer(one.name, order, one.kind, one.streams))
+        within = []
+    return numbered
 
 
 def default_layers(model: nn.Module) -> tuple[str, ...]:
@@ -98,127 +163,530 @@ def default_layers(model: nn.Module) -> tuple[str, ...]:
 def select(available: Sequence[Layer], patterns: Iterable[str]) -> list[Layer]:
     """The layers that match any of the patterns, in execution order.
 
-    A pattern is a name, a glob (`up_blocks.*.attentions.*`) or one of `GROUPS`. Raises ProbekitError for a pattern that
-    matches nothing, with the names nearest to it.
+    A pattern is a name, a glob (`up_blocks.*.attentions.*`) or one of `GROUPS`; with `:heads=3,5` only these heads of what it
+    matches. A glob means what lies inside layers (`*.attn2`) only where it matches no layer. Raises ProbekitError for a pattern
+    that matches nothing, with the names nearest to it.
     """
-    chosen: set[str] = set()
+    chosen: dict[str, Layer] = {}
     for pattern in patterns:
-        if pattern.startswith("@"):
-            if pattern not in GROUPS:
-                raise ProbekitError(f"layer group {pattern!r}: choose from {', '.join(GROUPS)}")
-            matches = {layer.name for layer in available if layer.kind in GROUPS[pattern]}
+        wanted, heads = _heads(pattern)
+        if wanted.startswith("@"):
+            if wanted not in GROUPS:
+                raise ProbekitError(f"layer group {wanted!r}: choose from {', '.join(GROUPS)}")
+            matches = [la for la in available if la.kind in GROUPS[wanted] and (la.inside is None or la.kind in _INSIDE)]
+            if not matches:
+                kinds = ", ".join(dict.fromkeys(layer.kind for layer in available))
+                raise ProbekitError(f"layer group {wanted!r}: this model has none; it has layers of kind {kinds}")
         else:
-            matches = {layer.name for layer in available if fnmatch.fnmatchcase(layer.name, pattern)}
+            matches = [layer for layer in available if fnmatch.fnmatchcase(layer.name, wanted)]
+            if any(layer.inside is None for layer in matches):
+                matches = [layer for layer in matches if layer.inside is None]
         if not matches:
-            near = difflib.get_close_matches(pattern, [layer.name for layer in available], n=3, cutoff=0.4)
+            near = difflib.get_close_matches(wanted, [layer.name for layer in available], n=3, cutoff=0.4)
             hint = (
                 f"nearest: {', '.join(near)}"
                 if near
                 else f"there are {', '.join(sorted({la.kind for la in available}))} layers"
             )
-            raise ProbekitError(f"no layer {pattern!r} in this model ({hint})")
-        chosen |= matches
-    return [layer for layer in available if layer.name in chosen]
+            raise ProbekitError(f"no layer {wanted!r} in this model ({hint})")
+        for layer in matches:
+            found = layer if heads is None else layer.only(heads)
+            chosen[found.name] = found
+    return sorted(chosen.values(), key=lambda layer: layer.order)
 
 
-# --- reading and writing -----------------------------------------------------------------------------------------------
+def _heads(pattern: str) -> tuple[str, list[int] | None]:
+    """A pattern without, and the numbers of, its heads."""
+    wanted, colon, told = pattern.partition(":")
+    if not colon:
+        return wanted, None
+    if match := re.fullmatch(r"heads=(\d{1,4}(?:,\d{1,4})*)", told):
+        return wanted, [int(number) for number in match[1].split(",")]
+    raise ProbekitError(f"layer {pattern!r}: after the colon comes heads=3,5")
 
 
-def read(value: Any, path: Sequence[int | str] = ()) -> Tensor:
-    """The tensor at the end of `path` in a module's output (or in its bound arguments)."""
-    for key in path:
-        value = value[key]
-    if not isinstance(value, Tensor):
-        tensors = [item for item in (value.values() if isinstance(value, dict) else value) if isinstance(item, Tensor)]
-        if len(tensors) != 1:
-            raise ProbekitError(
-                f"a layer returned {len(tensors)} tensors, and which carries the image is not known for this model"
-            )
-        value = tensors[0]
-    return value
+# --- what a block takes and returns --------------------------------------------------------------------------------------
+
+Form = Literal["image", "text", "image, text", "text, image", "joined"]
+"""What comes out: the image's tensor, the text's, both as a tuple, or both as one sequence."""
 
 
-def write(value: Any, path: Sequence[int | str], tensor: Tensor) -> Any:
-    """A copy of `value` with the tensor at the end of `path` replaced; nothing is changed in place."""
-    if not path:
-        if isinstance(value, Tensor):
-            return tensor
-        path = (next(i for i, item in enumerate(value.values() if isinstance(value, dict) else value) if item is not None),)
-    key, rest = path[0], path[1:]
-    if isinstance(value, dict):
-        if isinstance(key, int):
-            key = list(value)[key]
-        changed: dict[Any, Any] = dict(value)
-        changed[key] = write(value[key], rest, tensor)
-        # a diffusers output object is an ordered dict that is built from its fields
-        return type(value)(**changed) if type(value) is not dict else changed
-    assert isinstance(key, int)
-    items = list(value)
-    items[key] = write(items[key], rest, tensor)
-    return type(value)(items)
+@dataclass(frozen=True)
+class Block:
+    """A block's class: what it returns, the arguments that carry the same in, and the parts inside it, in execution order.
+
+    parts: by the name of the submodule, its kind and what it returns. text: the argument that conditions its cross-attentions.
+    """
+
+    form: Form = "image"
+    image: str = "hidden_states"
+    text: str = "encoder_hidden_states"
+    parts: Mapping[str, tuple[Kind, Form]] = field(default_factory=dict)
 
 
-def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
-    """A forward call's arguments by name, however they were passed; the first of `args` is the module itself."""
-    # the class's signature: nnsight and accelerate put wrappers without one in the place of an instance's forward
-    return inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+def _parts(form: Form = "image", **kinds: str) -> dict[str, tuple[Kind, Form]]:
+    """Parts by what is told of them: `self`, `cross`, `joint` (both as a tuple), `feed` or `feed text`."""
+    told: dict[str, tuple[Kind, Form]] = {
+        "self": ("self-attention", form),
+        "cross": ("cross-attention", form),
+        "joint": ("joint-attention", "image, text"),
+        "mixed": ("joint-attention", "joined"),
+        "feed": ("feed-forward", form),
+        "feed text": ("feed-forward", "text"),
+    }
+    return {name: told[kind] for name, kind in kinds.items()}
+
+
+_DOUBLE = _parts(attn="joint", ff="feed", ff_context="feed text")
+_SINGLE = _parts("joined", attn="mixed")
+
+BLOCKS: dict[str, Block] = {
+    "BasicTransformerBlock": Block(parts=_parts(attn1="self", attn2="cross", ff="feed")),
+    "HunyuanDiTBlock": Block(parts=_parts(attn1="self", attn2="cross", ff="feed")),
+    "SanaTransformerBlock": Block(parts=_parts(attn1="self", attn2="cross", ff="feed")),
+    "LuminaNextDiTBlock": Block(parts=_parts(attn1="self", attn2="cross", feed_forward="feed")),
+    "PRXBlock": Block(parts=_parts(attention="cross")),
+    "Kandinsky5TransformerDecoderBlock": Block(
+        image="visual_embed",
+        text="text_embed",
+        parts=_parts(self_attention="self", cross_attention="cross", feed_forward="feed"),
+    ),
+    "Kandinsky5TransformerEncoderBlock": Block(
+        "text", text="x", parts=_parts("text", self_attention="self", feed_forward="feed")
+    ),
+    "JointTransformerBlock": Block("text, image", parts=_parts(attn="joint", attn2="self", ff="feed", ff_context="feed text")),
+    "FluxTransformerBlock": Block("text, image", parts=_DOUBLE),
+    "FluxSingleTransformerBlock": Block("text, image", parts=_SINGLE),
+    "Flux2TransformerBlock": Block("text, image", parts=_DOUBLE),
+    "Flux2SingleTransformerBlock": Block("joined", parts=_SINGLE),
+    "ChromaTransformerBlock": Block("text, image", parts=_DOUBLE),
+    "ChromaSingleTransformerBlock": Block("joined", parts=_SINGLE),
+    "BriaTransformerBlock": Block("text, image", parts=_DOUBLE),
+    "BriaSingleTransformerBlock": Block("text, image", parts=_SINGLE),
+    "BriaFiboTransformerBlock": Block("text, image", parts=_DOUBLE),
+    "BriaFiboSingleTransformerBlock": Block("joined", parts=_SINGLE),
+    "OvisImageTransformerBlock": Block("text, image", parts=_DOUBLE),
+    "OvisImageSingleTransformerBlock": Block("text, image", parts=_SINGLE),
+    "QwenImageTransformerBlock": Block("text, image", parts=_parts(attn="joint", img_mlp="feed", txt_mlp="feed text")),
+    "HunyuanImageTransformerBlock": Block("image, text", parts=_DOUBLE),
+    "HunyuanImageSingleTransformerBlock": Block("image, text", parts=_parts(attn="joint")),
+    "HunyuanImageIndividualTokenRefinerBlock": Block(
+        "text", text="hidden_states", parts=_parts("text", attn="self", ff="feed")
+    ),
+    # their one feed-forward runs twice, on the image and on the text: no part of its own
+    "CogView3PlusTransformerBlock": Block("image, text", parts=_parts(attn1="joint")),
+    "CogView4TransformerBlock": Block("image, text", parts=_parts(attn1="joint")),
+    "AuraFlowJointTransformerBlock": Block("text, image", parts=_DOUBLE),
+    "AuraFlowSingleTransformerBlock": Block("joined", parts=_parts("joined", attn="mixed", ff="feed")),
+    "HiDreamImageTransformerBlock": Block("image, text", parts=_parts(attn1="joint", ff_i="feed", ff_t="feed text")),
+    "HiDreamImageSingleTransformerBlock": Block("joined", parts=_parts("joined", attn1="mixed", ff_i="feed")),
+    "Krea2TransformerBlock": Block("joined", parts=_parts("joined", attn="mixed", ff="feed")),
+    "OmniGenBlock": Block("joined", parts=_parts("joined", self_attn="mixed", mlp="feed")),
+    "Lumina2TransformerBlock": Block("joined", parts=_parts("joined", attn="mixed", feed_forward="feed")),
+    "ZImageTransformerBlock": Block("joined", image="x", parts=_parts("joined", attention="mixed", feed_forward="feed")),
+}
+"""What each block of diffusers takes and returns, by its class."""
+
+# --- how a denoiser is told what ---------------------------------------------------------------------------------------
+
+
+def _as_it_is(told: float, config: Any, scheduler: Any) -> float:
+    return told
+
+
+def _of_all(scheduler: Any) -> float:
+    """The number of timesteps that a scheduler counts to."""
+    return float(getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000))
+
+
+def _share(told: float, config: Any, scheduler: Any) -> float:
+    return told * _of_all(scheduler)
+
+
+def _risen(told: float, config: Any, scheduler: Any) -> float:
+    return (1 - told) * _of_all(scheduler)
+
+
+def _sana(told: float, config: Any, scheduler: Any) -> float:
+    """Sana's own scale; of SanaSprint, t of sin t / (cos t + sin t) (`SCMScheduler` counts angles)."""
+    if type(scheduler).__name__ == "SCMScheduler":
+        return math.atan2(told, 1 - told)
+    return told / getattr(config, "timestep_scale", 1.0)
+
+
+def _packed(call: Mapping[str, Any], config: Any) -> Tokens:
+    return Tokens(call["hidden_states"].shape[1])
+
+
+def _patches(call: Mapping[str, Any], config: Any) -> int:
+    height, width = call["hidden_states"].shape[-2:]
+    return (height // config.patch_size) * (width // config.patch_size)
+
+
+def _patched(call: Mapping[str, Any], config: Any) -> Tokens:
+    return Tokens(_patches(call, config))
+
+
+def _hidream(call: Mapping[str, Any], config: Any) -> Tokens:
+    states = call["hidden_states"]
+    if states.ndim == 3:
+        return Tokens(states.shape[1], first=True)
+    # pictures that are not square are padded to the most tokens that there can be
+    most = math.prod(config.max_resolution) // config.patch_size**2
+    return Tokens(_patches(call, config) if states.shape[-1] == states.shape[-2] else most, first=True)
+
+
+def _lumina2(call: Mapping[str, Any], config: Any) -> Tokens:
+    """Each row's image follows its own caption at once, without padding between."""
+    return Tokens(_patches(call, config), starts=tuple(int(n) for n in call["encoder_attention_mask"].sum(1)))
+
+
+def _z_image(call: Mapping[str, Any], config: Any) -> Tokens:
+    """The image stands first, filled up to a multiple of 32 (`SEQ_MULTI_OF`)."""
+    _, frames, height, width = call["x"][0].shape
+    count = (frames // call["f_patch_size"]) * (height // call["patch_size"]) * (width // call["patch_size"])
+    return Tokens(-(-count // 32) * 32, first=True)
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A denoiser's class: its stacks of blocks in execution order, what runs before and after them, and what it is called with.
+
+    stacks: with what each block of it returns, where that is not what `BLOCKS` says of its class.
+    state, timestep: the arguments that hold the noisy picture and the time. in_schedule: (what it is told, its config, the
+    scheduler) to the time in the scheduler's units. tokens: (its arguments, its config) to where the image stands in sequences
+    that hold text, too.
+    """
+
+    stacks: Mapping[str, Form | None]
+    before: str | None = "x_embedder"
+    after: str | None = "proj_out"
+    state: str = "hidden_states"
+    timestep: str = "timestep"
+    in_schedule: Callable[[float, Any, Any], float] = _as_it_is
+    tokens: Callable[[Mapping[str, Any], Any], Tokens] | None = None
+
+
+_BLOCKS: dict[str, Form | None] = {"transformer_blocks": None}
+_TWO_STACKS: dict[str, Form | None] = {"transformer_blocks": None, "single_transformer_blocks": None}
+
+DENOISERS: dict[str, Denoiser] = {
+    "Transformer2DModel": Denoiser(_BLOCKS, before="pos_embed"),
+    "DiTTransformer2DModel": Denoiser(_BLOCKS, before="pos_embed", after="proj_out_2"),
+    "PixArtTransformer2DModel": Denoiser(_BLOCKS, before="pos_embed"),
+    "HunyuanDiT2DModel": Denoiser({"blocks": None}, before="pos_embed"),
+    "LuminaNextDiT2DModel": Denoiser({"layers": None}, before="patch_embedder", after="norm_out", in_schedule=_risen),
+    "SanaTransformer2DModel": Denoiser(_BLOCKS, before="patch_embed", in_schedule=_sana),
+    "PRXTransformer2DModel": Denoiser({"blocks": None}, before="img_in", after="final_layer", in_schedule=_share),
+    "SD3Transformer2DModel": Denoiser(_BLOCKS, before="pos_embed"),
+    "FluxTransformer2DModel": Denoiser(_TWO_STACKS, in_schedule=_share, tokens=_packed),
+    "Flux2Transformer2DModel": Denoiser(_TWO_STACKS, in_schedule=_share, tokens=_packed),
+    "ChromaTransformer2DModel": Denoiser(_TWO_STACKS, in_schedule=_share, tokens=_packed),
+    "OvisImageTransformer2DModel": Denoiser(_TWO_STACKS, in_schedule=_share, tokens=_packed),
+    "BriaTransformer2DModel": Denoiser(_TWO_STACKS, tokens=_packed),
+    "BriaFiboTransformer2DModel": Denoiser(_TWO_STACKS, tokens=_packed),
+    "QwenImageTransformer2DModel": Denoiser(_BLOCKS, before="img_in", in_schedule=_share),
+    "HunyuanImageTransformer2DModel": Denoiser(
+        {"context_embedder.token_refiner.refiner_blocks": None, **_TWO_STACKS}, tokens=None
+    ),
+    "CogView3PlusTransformer2DModel": Denoiser(_BLOCKS, before="patch_embed"),
+    "CogView4Transformer2DModel": Denoiser(_BLOCKS, before="patch_embed"),
+    "AuraFlowTransformer2DModel": Denoiser(
+        {"joint_transformer_blocks": None, "single_transformer_blocks": None},
+        before="pos_embed",
+        in_schedule=_share,
+        tokens=_patched,
+    ),
+    "HiDreamImageTransformer2DModel": Denoiser(
+        {"double_stream_blocks": None, "single_stream_blocks": None}, after="final_layer", timestep="timesteps", tokens=_hidream
+    ),
+    "Krea2Transformer2DModel": Denoiser(_BLOCKS, before="img_in", after="final_layer", in_schedule=_share, tokens=_packed),
+    "OmniGenTransformer2DModel": Denoiser({"layers": None}, before=None, tokens=_patched),
+    "Lumina2Transformer2DModel": Denoiser(
+        {"context_refiner": "text", "noise_refiner": "image", "layers": None},
+        after="norm_out",
+        in_schedule=_risen,
+        tokens=_lumina2,
+    ),
+    "ZImageTransformer2DModel": Denoiser(
+        {"noise_refiner": "image", "context_refiner": "text", "layers": None},
+        before=None,
+        after=None,
+        state="x",
+        timestep="t",
+        in_schedule=_risen,
+        tokens=_z_image,
+    ),
+    "Kandinsky5Transformer3DModel": Denoiser(
+        {"text_transformer_blocks": None, "visual_transformer_blocks": None}, before="visual_embeddings", after="out_layer"
+    ),
+}
+"""Every transformer of diffusers that makes pictures of captions or classes, by its class."""
+
+_UNET = Denoiser({}, state="sample")
+_CASCADE = Denoiser({}, state="sample", timestep="timestep_ratio")
+
+
+def denoiser_of(model: nn.Module) -> Denoiser | None:
+    """What is known of a denoiser's class, or the class that it is made from; None of what is none."""
+    if hasattr(model, "down_blocks"):
+        return _CASCADE if hasattr(model, "down_downscalers") else _UNET
+    return next((DENOISERS[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in DENOISERS), None)
+
+
+# --- streams -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    name: str
+    kind: Kind
+    streams: dict[str, Stream]
+    inside: str | None = None
+    heads: dict[str, tuple[_Projection, ...]] = field(default_factory=dict)
+
+
+def _main(name: str, bypass: str | None = None) -> dict[str, Stream]:
+    """One tensor in, one out; bypass: the argument that carries it in."""
+    return {"main": Stream((Site(name),), bypass=None if bypass is None else (Site(name, (bypass,), "input"),))}
+
+
+def _streams(name: str, form: Form, enters: Mapping[str, str] | None) -> dict[str, Stream]:
+    """The streams of a module that returns `form`.
+
+    enters: by `image` and `text`, the arguments that carry the same in; None for one whose output is added to the stream.
+    """
+
+    def one(*parts: tuple[str, Site]) -> Stream:
+        bypass = (None if enters is None else replace(site, path=(enters[which],), border="input") for which, site in parts)
+        return Stream(tuple(site for _, site in parts), bypass=tuple(bypass))
+
+    if form == "image":
+        return {"main": one(("image", Site(name)))}
+    if form == "text":
+        return {"text": one(("text", Site(name)))}
+    if form == "joined":
+        image, text = Site(name, tokens="image"), Site(name, tokens="text")
+        return {"image": one(("image", image)), "text": one(("image", text)), "both": one(("image", Site(name)))}
+    image, text = (Site(name, (form.split(", ").index(which),)) for which in ("image", "text"))
+    return {"image": one(("image", image)), "text": one(("text", text)), "both": one(("text", text), ("image", image))}
+
+
+def _block(name: str, module: Any, form: Form | None = None) -> Iterator[_Found]:
+    """A block and what lies inside it. Raises ProbekitError for a class that is not registered."""
+    # HiDream's blocks are wrapped in one that only hands on
+    inner = module.block if type(module).__name__ == "HiDreamBlock" else module
+    known = next((BLOCKS[kind.__name__] for kind in type(inner).__mro__ if kind.__name__ in BLOCKS), None)
+    if known is None:
+        raise ProbekitError(f"layer {name}: a {type(inner).__name__}, which is not registered; hooks.BLOCKS takes it")
+    within = name if inner is module else f"{name}.block"
+    carries = form or known.form
+    for part, (kind, part_form) in known.parts.items():
+        if (found := getattr(inner, part, None)) is not None:
+            yield from _part(f"{within}.{part}", found, kind, carries if form else part_form, name)
+    if getattr(inner, "context_pre_only", False):  # SD3's last block returns (None, image)
+        site = Site(name, (1,))
+        yield _Found(name, "block", {"image": Stream((site,), bypass=(Site(name, (known.image,), "input"),))})
+        return
+    # of a stack that holds one of the two, the one argument carries it
+    enters = {"image": known.image, "text": known.image if form == "text" else known.text}
+    yield _Found(name, "block", _streams(name, carries, enters))
+
+
+def _part(name: str, module: Any, kind: Kind, form: Form, inside: str) -> Iterator[_Found]:
+    """An attention with its queries, keys and values, or a feed-forward."""
+    if kind == "feed-forward":
+        yield _Found(name, kind, _streams(name, form, None), inside)
+        return
+    crosses = getattr(module, "is_cross_attention", None)  # of diffusers' own Attention
+    if kind == "self-attention" and crosses and name.endswith("attn1"):
+        kind = "cross-attention"  # `only_cross_attention`
+    elif kind == "cross-attention" and crosses is False:
+        kind = "self-attention"  # `double_self_attention`
+    streams = _streams(name, form, None)
+    if form == "image, text" and getattr(module, "context_pre_only", None):
+        streams = {"image": streams["image"]}  # the last block's text goes nowhere
+    if kind == "cross-attention":
+        streams["text"] = Stream((Site(name, ("encoder_hidden_states",), "input"),))
+    for of in ("query", "key", "value"):
+        if projections := _projections(name, module, of):
+            label, whole, heads = _by_stream(name, of, projections, form)
+            yield _Found(label, of, whole, inside, heads)
+    outs = _outputs(name, module, form)
+    heads = _by_stream(name, "", outs, form)[2] if outs else {}
+    yield _Found(name, kind, streams, inside, {key: value for key, value in heads.items() if key in streams})
+
+
+_Projection = tuple[Site, int, int, int]
+"""Where the values of all heads stand, one after the other: the site, the first feature, the number of heads, a head's size."""
+_Of = Literal["query", "key", "value"]
+_FUSED = {"to_qkv_mlp_proj": ("query", "key", "value"), "img_qkv_proj": ("query", "key", "value")}
+
+
+def _projections(name: str, module: Any, of: str) -> list[_Projection]:
+    """Where an attention makes its queries, keys or values: of the image, and of the text where that has some of its own."""
+    count = _head_count(module)
+    found: list[_Projection] = []
+    letter = of[0]
+    for attribute in (f"to_{letter}", f"to_{of}", f"add_{letter}_proj", f"to_{letter}_t"):
+        if isinstance(made := getattr(module, attribute, None), nn.Linear):
+            # with fewer keys than queries, several queries share one
+            own = made.out_features // (_head_size(module, count) or 1) if of != "query" else count
+            found.append((Site(f"{name}.{attribute}"), 0, own, made.out_features // max(own, 1)))
+    for attribute, order in _FUSED.items():
+        if isinstance(getattr(module, attribute, None), nn.Linear):
+            size = module.inner_dim // count
+            first = order.index(of) * module.inner_dim
+            found.append((Site(f"{name}.{attribute}", features=((first, first + module.inner_dim),)), first, count, size))
+    if of != "query" and isinstance(getattr(module, "txt_kv_proj", None), nn.Linear):
+        first = ("key", "value").index(of) * module.inner_dim
+        site = Site(f"{name}.txt_kv_proj", features=((first, first + module.inner_dim),))
+        found.append((site, first, count, module.inner_dim // count))
+    return found
+
+
+def _outputs(name: str, module: Any, form: Form) -> list[_Projection]:
+    """Where the heads' outputs stand beside each other, before they are mixed: what enters the last projection."""
+    count = _head_count(module)
+    found: list[_Projection] = []
+    for attribute in ("to_out", "out_layer", "to_add_out", "to_out_t"):
+        made = getattr(module, attribute, None)
+        path = f"{name}.{attribute}"
+        if isinstance(made, nn.ModuleList) and len(made):
+            made, path = made[0], f"{path}.0"
+        if isinstance(made, nn.Linear):
+            width = getattr(module, "inner_dim", None) or made.in_features
+            found.append((Site(path, ("input",), "input"), 0, count, width // count))
+    if not found and getattr(module, "pre_only", False):  # Flux mixes them with its feed-forward, after the attention
+        found.append((Site(name), 0, count, module.inner_dim // count))
+    return found
+
+
+def _head_count(module: Any) -> int:
+    return int(getattr(module, "heads", None) or getattr(module, "num_heads", 1))
+
+
+def _head_size(module: Any, count: int) -> int:
+    query = getattr(module, "to_q", None) or getattr(module, "to_query", None)
+    return query.out_features // count if isinstance(query, nn.Linear) else 0
+
+
+def _by_stream(
+    name: str, of: str, found: list[_Projection], form: Form
+) -> tuple[str, dict[str, Stream], dict[str, tuple[_Projection, ...]]]:
+    """The name of a projection, and its streams and heads: those of the image first, of the text second."""
+    attribute = found[0][0].module.removeprefix(f"{name}.")
+    label = f"{name}.to_{of[:1]}" if attribute in _FUSED else found[0][0].module
+    groups: dict[str, tuple[_Projection, ...]]
+    if len(found) > 1:
+        groups = {"image": (found[0],), "text": (found[1],), "both": (found[1], found[0])}
+    elif form == "joined":
+        site, *rest = found[0]
+        groups = {which: ((replace(site, tokens=which), *rest),) for which in ("image", "text")}  # type: ignore[dict-item]
+        groups["both"] = (found[0],)
+    else:
+        groups = {"text" if form == "text" else "main": (found[0],)}
+    return label, {key: Stream(tuple(site for site, *_ in sites)) for key, sites in groups.items()}, groups
 
 
 # --- U-Nets ------------------------------------------------------------------------------------------------------------
 
-_Found = tuple[str, Kind, dict[str, Stream]]
-
-
-def _main(name: str) -> dict[str, Stream]:
-    return {"main": Stream((Site(name),))}
+_UNET_BLOCKS = (
+    "DownBlock2D",
+    "CrossAttnDownBlock2D",
+    "AttnDownBlock2D",
+    "SimpleCrossAttnDownBlock2D",
+    "ResnetDownsampleBlock2D",
+    "UpBlock2D",
+    "CrossAttnUpBlock2D",
+    "AttnUpBlock2D",
+    "SimpleCrossAttnUpBlock2D",
+    "ResnetUpsampleBlock2D",
+    "UNetMidBlock2D",
+    "UNetMidBlock2DCrossAttn",
+    "UNetMidBlock2DSimpleCrossAttn",
+)
 
 
 def _unet(model: Any) -> Iterator[_Found]:
+    """The layers of a U-Net. Raises ProbekitError for blocks that are not registered."""
+    if hasattr(model, "down_downscalers"):
+        yield from _cascade(model)
+        return
+    if type(model.down_blocks[0]).__name__ == "Kandinsky3DownSampleBlock":
+        yield from _kandinsky3(model)
+        return
+    blocks = {f"{side}.{i}": block for side in ("down_blocks", "up_blocks") for i, block in enumerate(getattr(model, side))}
+    for name, block in {**blocks, "mid_block": model.mid_block}.items():
+        if block is not None and not any(kind.__name__ in _UNET_BLOCKS for kind in type(block).__mro__):
+            raise ProbekitError(f"layer {name}: a {type(block).__name__}, a block of U-Nets that is not known here")
     skips = _skip_sites(model)
 
-    def encoder(name: str, skip: Site) -> dict[str, Stream]:
+    def encoder(name: str, skip: Site, bypass: str | None) -> dict[str, Stream]:
         out = Site(name)
-        return {"both": Stream((out,)), "main": Stream((out,), keeps=(skip,)), "skip": Stream((skip,))}
+        passes = None if bypass is None else (Site(name, (bypass,), "input"),)
+        return {
+            "both": Stream((out,), bypass=passes),
+            "main": Stream((out,), keeps=(skip,), bypass=passes),
+            "skip": Stream((skip,)),
+        }
 
-    yield "conv_in", "conv", encoder("conv_in", next(skips))
+    def attention(name: str, module: Any, streams: dict[str, Stream]) -> Iterator[_Found]:
+        for i, block in enumerate(getattr(module, "transformer_blocks", [])):
+            for found in _block(f"{name}.transformer_blocks.{i}", block):
+                yield replace(found, inside=name)
+        if not hasattr(module, "transformer_blocks"):  # an Attention by itself, which adds its input to its output
+            for of in ("query", "key", "value"):
+                if projections := _projections(name, module, of):
+                    # the text's keys and values are added to the image's
+                    label, whole, heads = _by_stream(name, of, projections, "image")
+                    yield _Found(label, of, whole, name, heads)
+        yield _Found(name, "attention", streams)
+
+    yield _Found("conv_in", "conv", encoder("conv_in", next(skips), None))
     for i, block in enumerate(model.down_blocks):
         name = f"down_blocks.{i}"
         attentions = getattr(block, "attentions", None) or []
         count = 0
         for j in range(len(block.resnets)):
+            resnet = f"{name}.resnets.{j}"
             if len(attentions):
-                yield f"{name}.resnets.{j}", "resnet", _main(f"{name}.resnets.{j}")
-                last: tuple[str, Kind] = (f"{name}.attentions.{j}", "attention")
+                yield _Found(resnet, "resnet", _main(resnet, "input_tensor"))
+                layer = f"{name}.attentions.{j}"
+                yield from attention(layer, attentions[j], encoder(layer, next(skips), "hidden_states"))
             else:
-                last = (f"{name}.resnets.{j}", "resnet")
-            yield (*last, encoder(last[0], next(skips)))
+                yield _Found(resnet, "resnet", encoder(resnet, next(skips), "input_tensor"))
             count += 1
         for j in range(len(getattr(block, "downsamplers", None) or [])):
-            yield f"{name}.downsamplers.{j}", "sampler", encoder(f"{name}.downsamplers.{j}", next(skips))
+            layer = f"{name}.downsamplers.{j}"
+            yield _Found(layer, "sampler", encoder(layer, next(skips), None))
             count += 1
         main = Site(name, (0,))
         rest = tuple(Site(name, (1, k)) for k in range(count))
-        yield name, "block", {"both": Stream((main, *rest)), "main": Stream((main,)), "skip": Stream(rest)}
+        whole = {"both": Stream((main, *rest)), "main": Stream((main,)), "skip": Stream(rest)}
+        yield _Found(name, "block", whole)
 
     if model.mid_block is not None:
         attentions = getattr(model.mid_block, "attentions", None) or []
         for j in range(len(model.mid_block.resnets)):
             if 0 < j <= len(attentions) and attentions[j - 1] is not None:
-                yield f"mid_block.attentions.{j - 1}", "attention", _main(f"mid_block.attentions.{j - 1}")
-            yield f"mid_block.resnets.{j}", "resnet", _main(f"mid_block.resnets.{j}")
-        yield "mid_block", "mid", _main("mid_block")
+                layer = f"mid_block.attentions.{j - 1}"
+                yield from attention(layer, attentions[j - 1], _main(layer, "hidden_states"))
+            yield _Found(f"mid_block.resnets.{j}", "resnet", _main(f"mid_block.resnets.{j}", "input_tensor"))
+        yield _Found("mid_block", "mid", _main("mid_block", "hidden_states"))
 
     for i, block in enumerate(model.up_blocks):
         name = f"up_blocks.{i}"
         attentions = getattr(block, "attentions", None) or []
         for j in range(len(block.resnets)):
-            yield f"{name}.resnets.{j}", "resnet", _main(f"{name}.resnets.{j}")
+            yield _Found(f"{name}.resnets.{j}", "resnet", _main(f"{name}.resnets.{j}"))
             if len(attentions):
-                yield f"{name}.attentions.{j}", "attention", _main(f"{name}.attentions.{j}")
+                layer = f"{name}.attentions.{j}"
+                yield from attention(layer, attentions[j], _main(layer, "hidden_states"))
         for j in range(len(getattr(block, "upsamplers", None) or [])):
-            yield f"{name}.upsamplers.{j}", "sampler", _main(f"{name}.upsamplers.{j}")
-        yield name, "block", _main(name)
-    yield "conv_out", "conv", _main("conv_out")
+            yield _Found(f"{name}.upsamplers.{j}", "sampler", _main(f"{name}.upsamplers.{j}"))
+        yield _Found(name, "block", _main(name))
+    yield _Found("conv_out", "conv", _main("conv_out"))
 
 
 def _skip_sites(model: Any) -> Iterator[Site]:
@@ -233,96 +701,142 @@ def _skip_sites(model: Any) -> Iterator[Site]:
         yield Site(name, ("res_hidden_states_tuple", j), "input")
 
 
+def _kandinsky3(model: Any) -> Iterator[_Found]:
+    """Kandinsky 3's U-Net: a down block's output is the skip; in the decoder it is joined to the path outside any block."""
+
+    def attention(name: str, module: Any, kind: Kind) -> Iterator[_Found]:
+        if type(module).__name__ != "Kandinsky3AttentionBlock":
+            return
+        yield from _part(f"{name}.attention", module.attention, kind, "image", name)
+        yield _Found(f"{name}.feed_forward", "feed-forward", _streams(f"{name}.feed_forward", "image", None), name)
+        yield _Found(name, "attention", _main(name, "x"))
+
+    yield _Found("conv_in", "conv", _main("conv_in"))
+    for side in ("down_blocks", "up_blocks"):
+        for i, block in enumerate(getattr(model, side)):
+            name = f"{side}.{i}"
+            if side == "down_blocks":
+                yield from attention(f"{name}.attentions.0", block.attentions[0], "self-attention")
+            for j in range(len(block.resnets_in)):
+                yield _Found(f"{name}.resnets_in.{j}", "resnet", _main(f"{name}.resnets_in.{j}", "x"))
+                yield from attention(f"{name}.attentions.{j + 1}", block.attentions[j + 1], "cross-attention")
+                yield _Found(f"{name}.resnets_out.{j}", "resnet", _main(f"{name}.resnets_out.{j}", "x"))
+            if side == "up_blocks":
+                yield from attention(f"{name}.attentions.0", block.attentions[0], "self-attention")
+            yield _Found(name, "block", _main(name))
+    yield _Found("conv_out", "conv", _main("conv_out"))
+
+
+def _cascade(model: Any) -> Iterator[_Found]:
+    """Stable Cascade's U-Net: each level of the encoder is handed to the first residual block of its level in the decoder."""
+    yield _Found("embedding", "conv", _main("embedding"))
+    kinds: dict[str, Kind] = {
+        "SDCascadeResBlock": "resnet",
+        "SDCascadeAttnBlock": "attention",
+        "SDCascadeTimestepBlock": "block",
+    }
+    for side, scaler in (("down", "downscalers"), ("up", "upscalers")):
+        for i, level in enumerate(getattr(model, f"{side}_blocks")):
+            if len(getattr(model, f"{side}_repeat_mappers")[i]):
+                raise ProbekitError(f"layer {side}_blocks.{i}: runs more than once a step, which is not known here")
+            if side == "down" and i:
+                yield _Found(f"down_{scaler}.{i}", "sampler", _main(f"down_{scaler}.{i}"))
+            for j, block in enumerate(level):
+                name = f"{side}_blocks.{i}.{j}"
+                if type(block).__name__ == "SDCascadeAttnBlock":
+                    yield from _part(f"{name}.attention", block.attention, "joint-attention", "image", name)
+                yield _Found(name, kinds[type(block).__name__], _main(name, "x"))
+            if side == "up" and i < len(model.up_blocks) - 1:
+                yield _Found(f"up_{scaler}.{i}", "sampler", _main(f"up_{scaler}.{i}"))
+    yield _Found("clf", "conv", _main("clf"))
+
+
 # --- transformers ------------------------------------------------------------------------------------------------------
 
-_TEXT_THEN_IMAGE = ("SD3Transformer2DModel", "FluxTransformer2DModel")
-_STACKS = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")
-_BEFORE = ("x_embedder", "pos_embed")
-_AFTER = ("proj_out", "proj_out_2")
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(model.get_submodule(path), nn.ModuleList)
+    except AttributeError:
+        return False
 
 
-def _transformer(model: nn.Module) -> Iterator[_Found]:
-    stacks = [name for name in _STACKS if isinstance(getattr(model, name, None), nn.ModuleList)]
-    if not stacks:
-        return
-    # of Flux's two only x_embedder carries the image, its pos_embed makes angles; the others embed patches in pos_embed
-    before = [name for name in _BEFORE if isinstance(getattr(model, name, None), nn.Module)]
-    for name in before[:1]:
-        yield name, "projection", _main(name)
-    for stack in stacks:
-        for i, block in enumerate(getattr(model, stack)):
-            name = f"{stack}.{i}"
-            if type(model).__name__ not in _TEXT_THEN_IMAGE:
-                yield name, "block", _main(name)
-                continue
-            text, image = Site(name, (0,)), Site(name, (1,))
-            if getattr(block, "context_pre_only", False):  # SD3's last block returns (None, image)
-                yield name, "block", {"image": Stream((image,))}
-            else:
-                streams = {"image": Stream((image,)), "text": Stream((text,)), "both": Stream((text, image))}
-                yield name, "block", streams
-    # DiT scales by proj_out_1 inside its output stage; only the last projection is the prediction
-    after = [name for name in _AFTER if isinstance(getattr(model, name, None), nn.Module)]
-    for name in after[-1:]:
-        yield name, "projection", _main(name)
+def _transformer(model: nn.Module, denoiser: Denoiser) -> Iterator[_Found]:
+    if denoiser.before is not None:
+        yield _Found(denoiser.before, "projection", _main(denoiser.before))
+    for stack, form in denoiser.stacks.items():
+        if _has(model, stack):
+            for i, block in enumerate(model.get_submodule(stack)):  # type: ignore[arg-type]
+                yield from _block(f"{stack}.{i}", block, form)
+    if denoiser.after is not None and isinstance(getattr(model, denoiser.after, None), nn.Module):
+        yield _Found(denoiser.after, "projection", _main(denoiser.after))
+
+
+_TEXT_STACKS = (
+    "encoder.layers",
+    "text_model.encoder.layers",
+    "encoder.block",
+    "model.layers",
+    "language_model.layers",
+    "layers",
+)
+"""Where the text encoders of transformers hold their blocks: CLIP, T5, and language models."""
+_TEXT_PARTS: dict[str, Kind] = {
+    "self_attn": "self-attention",
+    "layer.0.SelfAttention": "self-attention",
+    "mlp": "feed-forward",
+    "layer.1.DenseReluDense": "feed-forward",
+}
+
+
+def _text_encoder(model: nn.Module, stack: str) -> Iterator[_Found]:
+    """The blocks of a text encoder, with their attentions and feed-forwards; what they return first is the text."""
+    for i, block in enumerate(model.get_submodule(stack)):  # type: ignore[arg-type]
+        name = f"{stack}.{i}"
+        for part, kind in _TEXT_PARTS.items():
+            if any(path == part for path, _ in block.named_modules()):
+                first = () if kind == "feed-forward" else (0,)
+                stream = Stream((Site(f"{name}.{part}", first),), bypass=(None,))
+                yield _Found(f"{name}.{part}", kind, {"text": stream}, name)
+        site = Site(name, (0,) if type(block).__name__ == "T5Block" else ())
+        bypass = (Site(name, ("hidden_states",), "input"),)
+        yield _Found(name, "block", {"text": Stream((site,), bypass=bypass)})
+
+
+# --- shapes ------------------------------------------------------------------------------------------------------------
 
 
 def output_shapes(model: nn.Module, chosen: Sequence[Layer], run: Callable[[], Any]) -> dict[str, tuple[int, ...]]:
     """The shape of each layer's output, batch first, as seen while `run()` calls the model.
 
-    For layers with two streams it is that of the default one's first tensor.
+    For layers with two streams it is that of the default one's first tensor, of sequences of text and image both together.
     """
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def watch(layer: Layer) -> Callable[..., None]:
-        path = layer.stream().writes[0].path
+    def watch(layer: Layer, site: Site) -> Callable[..., None]:
+        def keep(tensor: Tensor) -> None:
+            width = (sum(stop - start for start, stop in site.features),) if site.features else tensor.shape[-1:]
+            shapes[layer.name] = (*tensor.shape[:-1], *width)
 
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            shapes[layer.name] = tuple(read(output, path).shape)
+        def on_output(module: nn.Module, args: Any, output: Any) -> None:
+            keep(read(output, site.path))
 
-        return hook
+        def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            keep(read(bind(module, args, kwargs).arguments, site.path))
 
-    modules = attach(model, [layer.name for layer in chosen])
-    handles = [modules[layer.name].register_forward_hook(watch(layer)) for layer in chosen]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+        return on_output if site.border == "output" else on_input
+
+    sites = {layer: layer.stream().writes[0] for layer in chosen}
+    modules = attach(model, [site.module for site in sites.values()])
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for layer, site in sites.items():
+            module = modules[site.module]
+            hook = watch(layer, site)
+            handle = (
+                module.register_forward_hook(hook)
+                if site.border == "output"
+                else module.register_forward_pre_hook(hook, with_kwargs=True)
+            )
+            stack.callback(handle.remove)
+        run()
     return shapes
-
-
-def attach(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The modules of those names. Raises ProbekitError for a compiled model, which ignores hooks added after compilation."""
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-        raise ProbekitError(
-            f"a compiled {type(model._orig_mod).__name__} ignores hooks: pass it as it was before torch.compile"
-        )
-    modules = {name: model.get_submodule(name) for name in names}
-    for module in (model, *modules.values()):
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise ProbekitError(f"a compiled {type(module).__name__} ignores hooks: load the model without compiling it")
-    return modules
-
-
-def hook_sites(
-    model: nn.Module,
-    sites: Iterable[Site],
-    on_output: Callable[[list[Site]], Callable[..., Any]],
-    on_input: Callable[[list[Site]], Callable[..., Any]],
-) -> list[RemovableHandle]:
-    """Register, for every module that has sites, a forward hook for those in its output and a pre-hook for those in its input.
-
-    on_output, on_input: given a module's sites, the hook; that of an input is called with the keyword arguments too.
-    """
-    by_place: dict[tuple[str, str], list[Site]] = {}
-    for site in sites:
-        by_place.setdefault((site.module, site.border), []).append(site)
-    modules = attach(model, {name for name, _ in by_place})
-    return [
-        modules[name].register_forward_hook(on_output(found))
-        if border == "output"
-        else modules[name].register_forward_pre_hook(on_input(found), with_kwargs=True)
-        for (name, border), found in by_place.items()
-    ]

@@ -12,11 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .architectures import Layer, Site, bind, hook_sites, layers, read, select
+from .architectures import Layer, layers, select
 from .errors import ProbekitError
+from .sites import Site, View, bind, hook_sites, read
 from .steps import ALL, Clock, Steps
 
 Keep = Literal["device", "half"]
+_INDEX = "captured.json"
 
 
 class Captured:
@@ -28,10 +30,22 @@ class Captured:
     def __init__(
         self, known: Sequence[Layer], streams: dict[str, str | None], rows: Sequence[int], folder: Path | None
     ) -> None:
-        self.layers, self.rows, self.folder = [layer for layer in known if layer.name in streams], tuple(rows), folder
+        self.layers, self.rows, self.folder = list(known), tuple(rows), folder
         self._known, self._streams = {layer.name: layer for layer in known}, streams
         self._memory: dict[str, Tensor] = {}
         self.steps: set[int] = set()
+
+    @classmethod
+    def opened(cls, folder: Path) -> Captured:
+        """What was captured into a folder, to be read as a source. Raises ProbekitError where there is nothing."""
+        index = folder / _INDEX
+        try:
+            told = json.loads(index.read_text())
+            opened = cls([], {}, told["rows"], folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ProbekitError(f"folder {str(folder)!r}: holds no capture") from error
+        opened.steps = {int(file.stem.removeprefix("step").split("-")[0]) for file in folder.glob("step*.safetensors")}
+        return opened
 
     def __getitem__(self, key: tuple[str, int]) -> Tensor:
         """The activation of (layer, step): its default or chosen stream's first tensor, at the step's first call."""
@@ -73,7 +87,8 @@ class Captured:
 
 
 def _key(site: Site, step: int, call: int) -> str:
-    return f"{site.module}{json.dumps(site.path)}{site.border}@{step}@{call}"
+    part = f"{site.tokens or ''}{json.dumps(site.features) if site.features else ''}"
+    return f"{site.module}{json.dumps(site.path)}{site.border}{part}@{step}@{call}"
 
 
 @contextlib.contextmanager
@@ -95,8 +110,7 @@ def capture(
     denoiser call is streamed: memory then never holds more than one call's activations. Hooks are removed on leaving,
     also after an exception. Raises ProbekitError for unknown layers, streams, rows and steps.
     """
-    known = layers(denoiser)
-    chosen = select(known, patterns)
+    chosen = select(layers(denoiser), patterns)
     kept = range(rows) if keep_rows is None else keep_rows
     if outside := [r for r in kept if not 0 <= r < rows]:
         raise ProbekitError(f"row {outside[0]}: the batch has rows 0 to {rows - 1}")
@@ -105,15 +119,18 @@ def capture(
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise ProbekitError(f"folder {str(folder)!r} is not empty: a capture needs one of its own")
-    captured = Captured(known, {layer.name: stream for layer in chosen}, list(kept), folder)
+    if folder is not None:
+        (folder / _INDEX).write_text(json.dumps({"rows": list(kept)}))
+    captured = Captured(chosen, {layer.name: stream for layer in chosen}, list(kept), folder)
     sites = {site for layer in chosen for site in layer.stream(stream).writes}
     clock = Clock(denoiser, schedule, rows)
     taken: dict[str, Tensor] = {}
 
     def take(site: Site, value: Any, path: Sequence[int | str]) -> None:
         if clock.step in steps.resolve(clock.timesteps):
-            tensor = read(value, path).detach()
-            tensor = tensor.reshape(clock.branches, rows, *tensor.shape[1:])[:, list(kept)]
+            view = View(site, read(value, path).detach(), clock.tokens)
+            tensor = view.read([index for branch in range(clock.branches) for index in (branch * rows + row for row in kept)])
+            tensor = tensor.reshape(clock.branches, len(kept), *tensor.shape[1:])
             tensor = tensor if to == "device" else tensor.half().cpu() if to == "half" else tensor.cpu()
             taken[_key(site, clock.step, clock.call)] = tensor.contiguous()
 
@@ -137,11 +154,9 @@ def capture(
             captured._keep(clock.step, clock.call, dict(taken))
             taken.clear()
 
-    handles = [clock.attach()]
-    try:
-        handles += hook_sites(denoiser, sites, on_output, on_input)
-        handles.append(denoiser.register_forward_hook(end))
+    with contextlib.ExitStack() as hooked:
+        hooked.callback(clock.attach().remove)
+        for handle in hook_sites(denoiser, sites, on_output, on_input):
+            hooked.callback(handle.remove)
+        hooked.callback(denoiser.register_forward_hook(end).remove)
         yield captured
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .architectures import Layer, Site, bind, hook_sites, layers, read, write
+from .architectures import Layer, layers, select
 from .captures import Captured
 from .errors import ProbekitError
+from .sites import Site, View, bind, hook_sites, read, write
 from .steps import ALL, Clock, Steps
 
 
@@ -40,20 +44,20 @@ def replace(target: Tensor, source: Tensor, context: Context) -> Tensor:
 
 def blend(weight: float) -> Operation:
     """(1 - weight) * target + weight * source."""
-
-    def operation(target: Tensor, source: Tensor, context: Context) -> Tensor:
-        return torch.lerp(target, source, weight)
-
-    return operation
+    return functools.partial(_blend, weight)
 
 
 def add(scale: float) -> Operation:
     """target + scale * source."""
+    return functools.partial(_add, scale)
 
-    def operation(target: Tensor, source: Tensor, context: Context) -> Tensor:
-        return target + scale * source
 
-    return operation
+def _blend(weight: float, target: Tensor, source: Tensor, context: Context) -> Tensor:
+    return torch.lerp(target, source, weight)
+
+
+def _add(scale: float, target: Tensor, source: Tensor, context: Context) -> Tensor:
+    return target + scale * source
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,21 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Mean:
+    """Take the mean of the activations of several rows of the same batch, as they were before anything was written."""
+
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """Leave the layer out: a block hands on what it was given, an attention or a feed-forward adds nothing.
+
+    The same as `diffusers.LayerSkipConfig`, for chosen rows and steps.
+    """
+
+
+@dataclass(frozen=True)
 class Stored:
     """Take the activation that `capture` kept of a row at the same layer, step and call."""
 
@@ -71,13 +90,17 @@ class Stored:
     row: int = 0
 
 
+Source = Row | Mean | Nothing | Stored | Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Injection:
     """One intervention, as a value.
 
-    layer, stream: where (`stream=None` is the layer's default stream).
-    source: from whom: a `Row`, a `Stored` capture, or a tensor of the layer's shape, with or without a leading dimension
-        of guidance branches.
+    layer, stream: where (`stream=None` is the layer's default stream); a layer's name as `layers` lists it, with
+        `:heads=3,5` only these heads.
+    source: from whom: a `Row`, the `Mean` of several, a `Stored` capture, a tensor of the layer's shape, with or without a
+        leading dimension of guidance branches; or `Nothing`, which leaves the layer out.
     steps: when.
     operation: how: `replace`, `blend(weight)`, `add(scale)` or a function of the user's (see `Operation`).
     mask: (h, w) weights in [0, 1], resized to the layer's resolution: how much of the new value counts where.
@@ -85,12 +108,90 @@ class Injection:
     """
 
     layer: str
-    source: Row | Stored | Tensor = Row(0)
+    source: Source = Row(0)
     steps: Steps = ALL
     operation: Operation = replace
     stream: str | None = None
     mask: Tensor | None = None
     tokens: tuple[int, ...] | None = None
+
+    def to_json(self) -> str:
+        """This injection as JSON, which `from_json` reads. Raises ProbekitError for a tensor and a function of the user's."""
+        told: dict[str, Any] = {"layer": self.layer, "stream": self.stream, "steps": str(self.steps)}
+        told["source"] = _source_told(self.layer, self.source)
+        if self.operation is replace:
+            told["operation"] = "replace"
+        elif isinstance(self.operation, functools.partial) and self.operation.func in (_blend, _add):
+            told["operation"] = {self.operation.func.__name__.removeprefix("_"): self.operation.args[0]}
+        else:
+            raise ProbekitError(
+                f"injection at {self.layer}: its operation is a function; only replace, blend and add are written"
+            )
+        if self.mask is not None:
+            told["mask"] = self.mask.tolist()
+        if self.tokens is not None:
+            told["tokens"] = list(self.tokens)
+        return json.dumps({key: value for key, value in told.items() if value is not None})
+
+    @classmethod
+    def from_json(cls, text: str) -> Injection:
+        """The injection that `to_json` wrote. Raises ProbekitError, naming the key, for anything else."""
+        try:
+            told = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ProbekitError(f"injection {text[:60]!r}: is no JSON ({error.msg})") from error
+        known = ("layer", "stream", "steps", "source", "operation", "mask", "tokens")
+        if not isinstance(told, dict) or "layer" not in told:
+            raise ProbekitError(f"injection {text[:60]!r}: names no layer")
+        if odd := [key for key in told if key not in known]:
+            raise ProbekitError(f"injection at {told['layer']}: unknown key {odd[0]!r}; known: {', '.join(known)}")
+        operation = _operation_read(told["layer"], told.get("operation", "replace"))
+        return cls(
+            told["layer"],
+            _source_read(told["layer"], told.get("source", {"row": 0})),
+            Steps.parse(told.get("steps", "all")),
+            operation,
+            told.get("stream"),
+            torch.tensor(told["mask"]) if "mask" in told else None,
+            tuple(told["tokens"]) if "tokens" in told else None,
+        )
+
+
+def _source_told(layer: str, source: Source) -> Any:
+    if isinstance(source, Row):
+        return {"row": source.index}
+    if isinstance(source, Mean):
+        return {"mean": list(source.rows)}
+    if isinstance(source, Nothing):
+        return "nothing"
+    if isinstance(source, Stored) and source.captured.folder is not None:
+        return {"stored": str(source.captured.folder), "row": source.row}
+    raise ProbekitError(f"injection at {layer}: its source is in memory; capture into a folder to write it down")
+
+
+def _source_read(layer: str, told: Any) -> Source:
+    match told:
+        case "nothing":
+            return Nothing()
+        case {"stored": str(folder), "row": int(row)}:
+            return Stored(Captured.opened(Path(folder)), row)
+        case {"row": int(row)}:
+            return Row(row)
+        case {"mean": list(rows)} if rows and all(isinstance(row, int) for row in rows):
+            return Mean(tuple(rows))
+    forms = '"nothing", {"row": 0}, {"mean": [0, 1]}, {"stored": FOLDER, "row": 0}'
+    raise ProbekitError(f"injection at {layer}: source {told!r} is none of {forms}")
+
+
+def _operation_read(layer: str, told: Any) -> Operation:
+    match told:
+        case "replace":
+            return replace
+        case {"blend": float() | int() as weight}:
+            return blend(weight)
+        case {"add": float() | int() as scale}:
+            return add(scale)
+    raise ProbekitError(f'injection at {layer}: operation {told!r} is none of "replace", {{"blend": 0.5}}, {{"add": 1}}')
 
 
 Rules = Mapping[int, Sequence[Injection]]
@@ -98,23 +199,31 @@ Rules = Mapping[int, Sequence[Injection]]
 
 
 @contextlib.contextmanager
-def inject(denoiser: nn.Module, rules: Rules, *, schedule: Any, rows: int) -> Iterator[Clock]:
-    """Run `rules` in every denoiser call made inside the context.
+def inject(model: nn.Module, rules: Rules, *, schedule: Any = None, rows: int) -> Iterator[Clock]:
+    """Run `rules` in every call of a denoiser, or of a text encoder, made inside the context.
 
-    schedule: the pipeline's scheduler, or the distinct timesteps in order. rows: how many images the pipeline makes at
-    once. All hooks are removed on leaving, also after an exception. Raises ProbekitError for unknown layers and streams at
-    once, for steps outside the schedule and for shapes that do not fit at the first call.
+    schedule: the pipeline's scheduler, or the distinct timesteps in order; a text encoder has none. rows: how many images the
+    pipeline makes at once. All hooks are removed on leaving, also after an exception. Raises ProbekitError for unknown layers
+    and streams at once, for steps outside the schedule and for shapes that do not fit at the first call.
     """
-    known = {layer.name: layer for layer in layers(denoiser)}
-    clock = Clock(denoiser, schedule, rows)
-    engine = _Engine(clock, _plan(known, rules, rows))
-    handles = [clock.attach(), denoiser.register_forward_pre_hook(engine.begin)]
-    try:
-        handles += hook_sites(denoiser, engine.plan, engine.on_output, engine.on_input)
+    clock = Clock(model, schedule, rows)
+    engine = _Engine(clock, _plan(layers(model), rules, rows))
+    with contextlib.ExitStack() as hooked:
+        hooked.callback(clock.attach().remove)
+        hooked.callback(model.register_forward_pre_hook(engine.begin).remove)
+        for handle in hook_sites(model, engine.plan, engine.on_output, engine.on_input):
+            hooked.callback(handle.remove)
         yield clock
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def find(available: Sequence[Layer], name: str) -> Layer:
+    """The layer of that name, no glob. Raises ProbekitError for one that the model does not have."""
+    if any(sign in name for sign in "*?["):
+        raise ProbekitError(f"layer {name!r}: an injection is into one layer; select takes globs")
+    if name.startswith("@"):
+        raise ProbekitError(f"layer {name!r}: an injection is into one layer; select takes groups")
+    (found,) = select(available, [name])
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,22 +231,29 @@ class _Write:
     row: int
     injection: Injection
     keeps: tuple[Site, ...]
+    bypass: Site | None
 
 
-def _plan(known: Mapping[str, Layer], rules: Rules, rows: int) -> dict[Site, list[_Write]]:
-    """For each site, what is written there."""
+def _plan(available: Sequence[Layer], rules: Rules, rows: int) -> dict[Site, list[_Write]]:
+    """For each site, what is written there, and for each that is only looked at, nothing."""
     plan: dict[Site, list[_Write]] = {}
+    known: dict[str, Layer] = {}
     for row, injections in rules.items():
         for injection in injections:
-            if injection.layer not in known:
-                raise ProbekitError(f"no layer {injection.layer!r} in this model")
+            layer = known.setdefault(injection.layer, find(available, injection.layer))
             source = injection.source
-            for number in (row, source.index if isinstance(source, Row) else row):
+            others = (source.index,) if isinstance(source, Row) else source.rows if isinstance(source, Mean) else ()
+            for number in (row, *others):
                 if not 0 <= number < rows:
                     raise ProbekitError(f"row {number}: the batch has rows 0 to {rows - 1}")
-            stream = known[injection.layer].stream(injection.stream)
-            for site in stream.writes:
-                plan.setdefault(site, []).append(_Write(row, injection, stream.keeps))
+            stream = layer.stream(injection.stream)
+            if isinstance(source, Nothing) and stream.bypass is None:
+                raise ProbekitError(f"layer {layer.name}: what it returns is not what it was given, it cannot be left out")
+            for number, site in enumerate(stream.writes):
+                bypass = stream.bypass[number] if isinstance(source, Nothing) and stream.bypass is not None else None
+                plan.setdefault(site, []).append(_Write(row, injection, stream.keeps, bypass))
+                if bypass is not None:
+                    plan.setdefault(bypass, [])
             for site in stream.keeps:
                 plan.setdefault(site, [])
     return plan
@@ -149,11 +265,14 @@ class _Engine:
     def __init__(self, clock: Clock, plan: dict[Site, list[_Write]]) -> None:
         self.clock, self.plan = clock, plan
         self.kept: dict[Site, dict[int, Tensor]] = {}
+        self.given: dict[Site, View] = {}
+        self.looked_at = {write.bypass for writes in plan.values() for write in writes} - {None}
         self.active: dict[Steps, frozenset[int]] = {}
         self.schedule: tuple[float, ...] = ()
 
     def begin(self, module: nn.Module, args: Any) -> None:
         self.kept.clear()
+        self.given.clear()
         if self.clock.timesteps != self.schedule:
             self.schedule = self.clock.timesteps
             writes = (write.injection.steps for writes in self.plan.values() for write in writes)
@@ -164,7 +283,8 @@ class _Engine:
             changed = output
             for site in sites:
                 if writes := self.due(site):
-                    changed = write(changed, site.path, self.apply(site, read(output, site.path), writes))
+                    tensor = self.apply(site, read(output, site.path), read(changed, site.path), writes)
+                    changed = write(changed, site.path, tensor)
             return None if changed is output else changed
 
         return hook
@@ -172,19 +292,21 @@ class _Engine:
     def on_input(self, sites: list[Site]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             bound = bind(module, args, kwargs)
-            changed = False
+            original, changed = dict(bound.arguments), False
             for site in sites:
                 writes, kept = self.due(site), self.kept.get(site)
+                if site in self.looked_at:
+                    self.given[site] = View(site, read(original, site.path), self.clock.tokens)
                 if not (writes or kept):
                     continue
-                argument, path = str(site.path[0]), site.path[1:]
-                tensor = read(bound.arguments[argument], path)
+                tensor = read(bound.arguments, site.path)
                 if kept:
                     tensor = tensor.clone()
                     for index, value in kept.items():
                         tensor[index] = value
                 if writes:
-                    tensor = self.apply(site, tensor, writes)
+                    tensor = self.apply(site, read(original, site.path), tensor, writes)
+                argument, path = str(site.path[0]), site.path[1:]
                 bound.arguments[argument] = write(bound.arguments[argument], path, tensor)
                 changed = True
             return (bound.args[1:], bound.kwargs) if changed else None
@@ -194,31 +316,31 @@ class _Engine:
     def due(self, site: Site) -> list[_Write]:
         return [write for write in self.plan[site] if self.clock.step in self.active[write.injection.steps]]
 
-    def apply(self, site: Site, tensor: Tensor, writes: Sequence[_Write]) -> Tensor:
-        """A copy of the tensor with every write done; sources are read before anything is written."""
+    def apply(self, site: Site, tensor: Tensor, changed: Tensor, writes: Sequence[_Write]) -> Tensor:
+        """A copy of `changed` with every write done, whose sources are read from `tensor`, in which nothing was written."""
+        clock, view = self.clock, View(site, tensor, self.clock.tokens)
         for write_ in writes:
             for keep in write_.keeps:
                 kept = self.kept.setdefault(keep, {})
-                for index in self.clock.indices(write_.row):
+                for index in clock.indices(write_.row):
                     kept.setdefault(index, tensor[index].clone())
-        if all(_is_plain(write_.injection) for write_ in writes):
-            # the common case, one gather: every target row points at its source row
-            origins = list(range(tensor.shape[0]))
-            for write_ in writes:
-                source = write_.injection.source
-                assert isinstance(source, Row)
-                for target, origin in zip(self.clock.indices(write_.row), self.clock.indices(source.index), strict=True):
-                    origins[target] = origin
-            return tensor[torch.tensor(origins, device=tensor.device)]
-        result = tensor.clone()
+        result = changed.clone()
+        # the common case, one gather: every target row points at its source row
+        plain = [write_ for write_ in writes if _is_plain(write_.injection)] if _are_plain(writes) else []
+        if plain:
+            targets = [index for write_ in plain for index in clock.indices(write_.row)]
+            origins = [index for write_ in plain for index in clock.indices(write_.injection.source.index)]  # type: ignore[union-attr]
+            view.write(result, targets, view.read(origins))
+            return result
         for write_ in writes:
-            where = self.clock.indices(write_.row)
-            result[where] = self.value(site, write_.injection, result[where], tensor)
+            where = clock.indices(write_.row)
+            target = View(site, result, clock.tokens).read(where)
+            view.write(result, where, self.value(write_, view, target))
         return result
 
-    def value(self, site: Site, injection: Injection, target: Tensor, tensor: Tensor) -> Tensor:
-        clock = self.clock
-        source = self.source(site, injection, target, tensor)
+    def value(self, write_: _Write, view: View, target: Tensor) -> Tensor:
+        clock, injection = self.clock, write_.injection
+        source = self.source(write_, view, target)
         context = Context(injection.layer, injection.stream, clock.step, len(clock.timesteps), clock.timestep)
         new = injection.operation(target, source, context)
         if not isinstance(new, Tensor) or new.shape != target.shape:
@@ -232,12 +354,21 @@ class _Engine:
         new = new.to(target.dtype)
         return new if weight is None else torch.lerp(target, new, weight)
 
-    def source(self, site: Site, injection: Injection, target: Tensor, tensor: Tensor) -> Tensor:
-        source = injection.source
+    def source(self, write_: _Write, view: View, target: Tensor) -> Tensor:
+        clock, injection, source = self.clock, write_.injection, write_.injection.source
         if isinstance(source, Row):
-            return tensor[self.clock.indices(source.index)]
+            return view.read(clock.indices(source.index))
+        if isinstance(source, Mean):
+            return torch.stack([view.read(clock.indices(row)) for row in source.rows]).mean(0)
+        if isinstance(source, Nothing):
+            if write_.bypass is None:
+                return torch.zeros_like(target)
+            source = self.given[write_.bypass].read(clock.indices(write_.row))
+            if source.shape != target.shape:
+                shapes = f"{tuple(source.shape[1:])} into {tuple(target.shape[1:])}"
+                raise ProbekitError(f"layer {injection.layer}: turns {shapes}, it cannot be left out")
         if isinstance(source, Stored):
-            source = source.captured.read(site, self.clock.step, self.clock.call, source.row)
+            source = source.captured.read(view.site, clock.step, clock.call, source.row)
         if source.ndim == target.ndim - 1:
             source = source[None]
         if source.shape[1:] != target.shape[1:] or source.shape[0] not in (1, target.shape[0]):
@@ -245,6 +376,11 @@ class _Engine:
                 f"source of shape {tuple(source.shape)} does not fit layer {injection.layer} of shape {tuple(target.shape)}"
             )
         return source.to(target.device, target.dtype).expand_as(target)
+
+
+def _are_plain(writes: Sequence[_Write]) -> bool:
+    """Whether no row is written twice, and every one whole from another row."""
+    return all(_is_plain(write_.injection) for write_ in writes) and len({write_.row for write_ in writes}) == len(writes)
 
 
 def _is_plain(injection: Injection) -> bool:

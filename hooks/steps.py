@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architectures import bind
+from .architectures import denoiser_of
 from .errors import ProbekitError
+from .sites import Tokens, bind
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,14 @@ class Steps:
                 return cls(indices=tuple(sorted(set(indices))))
         raise ProbekitError(f"steps {text!r}: write all, 0-9, 0,3,5-7, 0%-50% or t1000-200")
 
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        if self.indices is not None:
+            return ",".join(map(str, self.indices))
+        if self.fraction is not None:
+            return "-".join(f"{100 * part:.12g}%" for part in self.fraction)
+        return "all" if self.timesteps is None else "t" + "-".join(f"{t:.12g}" for t in self.timesteps)
+
     def resolve(self, schedule: Sequence[float]) -> frozenset[int]:
         """The step numbers meant, for a schedule of distinct timesteps. Raises ProbekitError when they lie outside it."""
         n = len(schedule)
@@ -91,16 +100,19 @@ def distinct_timesteps(schedule: Any) -> tuple[float, ...]:
 
 
 class Clock:
-    """Follows a denoiser's calls: the step, which call within it, and how the batch is laid out.
+    """Follows a denoiser's calls: the step, which call within it, how the batch is laid out, and where the image's tokens stand.
 
     A step is known by the timestep the denoiser is given, never by counting calls. `rows` is the number of images made at
-    once; under guidance the denoiser sees each row once per branch, at `row + branch * rows`.
+    once; under guidance the denoiser sees each row once per branch, at `row + branch * rows`. A text encoder, which is told no
+    time, is at step 0.
     """
 
-    def __init__(self, denoiser: nn.Module, schedule: Any, rows: int) -> None:
-        self.denoiser, self.schedule, self.rows = denoiser, schedule, rows
+    def __init__(self, model: nn.Module, schedule: Any, rows: int) -> None:
+        self.model, self.schedule, self.rows = model, schedule, rows
+        self.known, self.config = denoiser_of(model), getattr(model, "config", None)
         self.step, self.call, self.branches = -1, 0, 1
         self.timestep = float("nan")
+        self.tokens: Tokens | None = None
         self._timesteps: tuple[float, ...] = ()
 
     @property
@@ -110,28 +122,35 @@ class Clock:
 
     def tick(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook (with kwargs) of the denoiser."""
-        arguments = bind(module, args, kwargs).arguments
-        given = arguments["timestep"]
-        timestep = float(given.flatten()[0]) if isinstance(given, Tensor) else float(given)
-        step = self._step(timestep)
+        bound = bind(module, args, kwargs)
+        if self.known is None:
+            step, self._timesteps = 0, (0.0,)
+            batch = next(len(v) for v in bound.arguments.values() if isinstance(v, Tensor) and v.ndim > 1)
+        else:
+            bound.apply_defaults()
+            given = bound.arguments[self.known.timestep]
+            step = self._step(float(given.flatten()[0]) if isinstance(given, Tensor) else float(given))
+            batch = len(bound.arguments[self.known.state])
+            self.tokens = self.known.tokens and self.known.tokens(bound.arguments, self.config)
         self.call = self.call + 1 if step == self.step else 0
         self.step, self.timestep = step, self._timesteps[step]
-        batch = next(v for v in arguments.values() if isinstance(v, Tensor) and v.ndim > 1).shape[0]
         if batch % self.rows:
             raise ProbekitError(f"rows {self.rows}: the denoiser is given a batch of {batch}, which that does not divide")
         self.branches = batch // self.rows
 
-    def _step(self, timestep: float) -> int:
+    def _step(self, told: float) -> int:
+        assert self.known is not None
         # read anew at every call: the pipeline sets the scheduler's timesteps after the hooks are in place
         self._timesteps = timesteps = distinct_timesteps(self.schedule)
-        if type(self.denoiser).__name__.startswith("Flux"):
-            timestep *= 1000  # its pipeline hands it the timestep divided by 1000
+        config = self.config
+        timestep = self.known.in_schedule(told, config, self.schedule)
         nearest = min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - timestep))
-        # half precision rounds what the denoiser is given
-        if abs(timesteps[nearest] - timestep) <= 0.004 * abs(timesteps[nearest]) + 1e-4:
+        # half precision rounds what the denoiser is told
+        rounded = abs(self.known.in_schedule(told * 1.004, config, self.schedule) - timestep)
+        if abs(timesteps[nearest] - timestep) <= max(rounded, 0.004 * abs(timesteps[nearest])) + 1e-4:
             return nearest
         raise ProbekitError(
-            f"timestep {timestep:g} is not in the schedule ({timesteps[0]:g} down to {timesteps[-1]:g}, {len(timesteps)} steps)"
+            f"timestep {timestep:g} is not in the schedule ({timesteps[0]:g} to {timesteps[-1]:g}, {len(timesteps)} steps)"
         )
 
     def indices(self, row: int) -> list[int]:
@@ -140,4 +159,4 @@ class Clock:
 
     def attach(self) -> torch.utils.hooks.RemovableHandle:
         """Start following the denoiser."""
-        return self.denoiser.register_forward_pre_hook(self.tick, with_kwargs=True)
+        return self.model.register_forward_pre_hook(self.tick, with_kwargs=True)

@@ -8,6 +8,11 @@ import torch
 from probekit import hooks
 from tests.conftest import embedded
 
+
+def whole(model: torch.nn.Module) -> list[str]:
+    return [la.name for la in hooks.layers(model) if la.inside is None]
+
+
 RED = "a large red fish at the top left on a striped blue ground"
 
 
@@ -20,7 +25,12 @@ def test_unet_layers_stand_in_the_order_in_which_they_run(tiny_sd: Any) -> None:
     for handle in handles:
         handle.remove()
     assert ran == [la.name for la in known]
-    assert [la.order for la in known] == list(range(len(known)))
+    whole = [la for la in known if la.inside is None]
+    assert [la.order for la in whole] == list(range(len(whole)))
+    # what lies inside another runs before that one is done, and after what stands before it
+    orders = {la.name: la.order for la in known}
+    assert sorted(orders.values()) == list(orders.values())
+    assert all(orders[la.inside] - 1 < la.order < orders[la.inside] for la in known if la.inside is not None)
 
 
 @pytest.mark.parametrize("name", ["tiny_sd3", "tiny_flux"])
@@ -65,15 +75,15 @@ def test_other_denoisers_of_diffusers_are_known() -> None:
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
-    names = [la.name for la in hooks.layers(unet)]
+    names = whole(unet)
     assert names[:3] == ["conv_in", "down_blocks.0.resnets.0", "down_blocks.0.downsamplers.0"]
     assert "down_blocks.1.attentions.0" in names and names[-1] == "conv_out"
     small = {"num_attention_heads": 2, "attention_head_dim": 4, "in_channels": 4, "num_layers": 2, "sample_size": 4}
     dit = DiTTransformer2DModel(**small, norm_num_groups=4)
-    assert [la.name for la in hooks.layers(dit)] == ["pos_embed", "transformer_blocks.0", "transformer_blocks.1", "proj_out_2"]
+    assert whole(dit) == ["pos_embed", "transformer_blocks.0", "transformer_blocks.1", "proj_out_2"]
     pixart = PixArtTransformer2DModel(**small, cross_attention_dim=8, caption_channels=8, norm_num_groups=4, out_channels=8)
-    assert [la.name for la in hooks.layers(pixart)] == ["pos_embed", "transformer_blocks.0", "transformer_blocks.1", "proj_out"]
-    with pytest.raises(hooks.ProbekitError, match="neither U-Net blocks nor"):
+    assert whole(pixart) == ["pos_embed", "transformer_blocks.0", "transformer_blocks.1", "proj_out"]
+    with pytest.raises(hooks.ProbekitError, match=r"Linear is no denoiser known here.*FluxTransformer2DModel"):
         hooks.layers(torch.nn.Linear(1, 1))
 
 
@@ -105,7 +115,7 @@ def test_globs_groups_and_names_select_and_a_miss_names_the_nearest(tiny_sd: Any
     known = hooks.layers(tiny_sd.unet)
     assert [la.name for la in hooks.select(known, ["mid_block.resnets.*"])] == ["mid_block.resnets.0", "mid_block.resnets.1"]
     assert {la.kind for la in hooks.select(known, ["@attentions"])} == {"attention"}
-    assert hooks.select(known, ["@all"]) == known
+    assert hooks.select(known, ["@all"]) == [la for la in known if la.inside is None]
     both = hooks.select(known, ["conv_out", "conv_in", "conv_in"])
     assert [la.name for la in both] == ["conv_in", "conv_out"]
     with pytest.raises(hooks.ProbekitError, match=r"mid_block\.resnets\.5.*nearest: mid_block\.resnets"):
