@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from probekit.models.model import Condition, Maker, Model
 from probekit.models.painter import Painter
 from probekit.models.spaces import denoiser_spaces
 from probekit.sampling import Denoiser, Diffusion, denoisers
+
+
+_DECODERS = ("KandinskyPipeline", "KandinskyV22Pipeline", "StableCascadeDecoderPipeline")
+"""What makes pictures of image embeddings; a prior, a pipeline of its own, makes these of captions."""
 
 
 def as_model(pipeline: Any, name: str) -> Model:
@@ -114,9 +119,10 @@ def load_pipeline(path: str | Path, name: str, device: torch.device, dtype: str 
     try:
         index = DiffusionPipeline.load_config(str(path))
         chosen = hub.precision(dtype, device, transformer="transformer" in index)
-        # a Kandinsky decoder becomes text-to-image with its prior; what has no such family is loaded as it is
-        known = index["_class_name"].startswith("Kandinsky")
-        loader = AutoPipelineForText2Image if known else DiffusionPipeline
+        decodes = index["_class_name"] in _DECODERS
+        if decodes:
+            _check_prior(Path(path), index["_class_name"], name)
+        loader = AutoPipelineForText2Image if decodes else DiffusionPipeline  # the former loads its prior, too
         pipeline = loader.from_pretrained(str(path), dtype=chosen)
     except ProbekitError:
         raise
@@ -127,7 +133,23 @@ def load_pipeline(path: str | Path, name: str, device: torch.device, dtype: str 
         hooks.denoiser(pipeline)
     except ProbekitError as error:
         raise ProbekitError(f"model {name!r}: {error}") from error
+    if "prompt" not in inspect.signature(type(pipeline).__call__).parameters:
+        raise ProbekitError(f"model {name!r}: a {type(pipeline).__name__} takes no prompt; give a text-to-image pipeline")
     return as_model(pipeline.to(device), name)
+
+
+def _check_prior(folder: Path, kind: str, name: str) -> None:
+    """A decoder's model card says which prior it needs, by folder or hub id; one that is on the hub is looked up there."""
+    from huggingface_hub import ModelCard
+
+    if not folder.is_dir():
+        return
+    card = folder / "README.md"
+    if not card.is_file() or not getattr(ModelCard.load(card).data, "prior", None):
+        raise ProbekitError(
+            f"model {name!r}: a {kind} decodes the image embeddings of a prior; name its folder or hub id in {card}, between "
+            f"lines of '---' as 'prior: [kandinsky-community/kandinsky-2-2-prior]', or give a pipeline saved with both"
+        )
 
 
 FORMATS = (
