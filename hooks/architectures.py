@@ -22,7 +22,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -78,13 +78,24 @@ class Stream:
     bypass: tuple[Site | None, ...] | None = None
 
 
+class Heads(NamedTuple):
+    """Where the values of an attention's heads stand in the last dimension, one head after the other.
+
+    first: the first feature. number: how many heads there are. size: the features of one.
+    """
+
+    site: Site
+    first: int
+    number: int
+    size: int
+
+
 @dataclass(frozen=True)
 class Layer:
     """A place in a denoiser whose activation can be captured and swapped; the first of `streams` is the default.
 
     order: where in the execution it is written: 0, 1, 2, … and, of what lies inside another layer, a fraction before it.
-    heads: of an attention and its queries, keys and values, by stream, the sites whose last dimension is the heads', one after
-    the other: the site, the first feature, the number of heads, and the features of one.
+    heads: of an attention and its queries, keys and values, by stream, where its heads are.
     """
 
     name: str
@@ -92,7 +103,7 @@ class Layer:
     kind: Kind
     streams: Mapping[str, Stream] = field(repr=False, compare=False)
     inside: str | None = None
-    heads: Mapping[str, tuple[tuple[Site, int, int, int], ...]] = field(default_factory=dict, repr=False, compare=False)
+    heads: Mapping[str, tuple[Heads, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def stream(self, name: str | None = None) -> Stream:
         """The stream of that name, or the default one. Raises ProbekitError when the layer has no such stream."""
@@ -109,9 +120,9 @@ class Layer:
         streams: dict[str, Stream] = {}
         for name, sites in self.heads.items():
             writes = []
-            for site, first, count, size in sites:
-                if outside := [head for head in heads if not 0 <= head < count]:
-                    raise ProbekitError(f"head {outside[0]} of layer {self.name}: it has heads 0 to {count - 1}")
+            for site, first, number, size in sites:
+                if outside := [head for head in heads if not 0 <= head < number]:
+                    raise ProbekitError(f"head {outside[0]} of layer {self.name}: it has heads 0 to {number - 1}")
                 ranges = tuple((first + head * size, first + (head + 1) * size) for head in sorted(set(heads)))
                 writes.append(replace(site, features=ranges))
             streams[name] = Stream(tuple(writes), bypass=(None,) * len(writes) if self.kind in _ATTENTIONS else None)
@@ -132,7 +143,7 @@ def layers(model: nn.Module) -> list[Layer]:
         found = list(_unet(model))
     elif (denoiser := denoiser_of(model)) is not None:
         found = list(_transformer(model, denoiser))
-    elif stack := next((path for path in _TEXT_STACKS if _has(model, path)), None):
+    elif stack := next((path for path in _TEXT_STACKS if len(_stack(model, path))), None):
         found = list(_text_encoder(model, stack))
     if not found:
         raise ProbekitError(
@@ -443,7 +454,7 @@ class _Found:
     kind: Kind
     streams: dict[str, Stream]
     inside: str | None = None
-    heads: dict[str, tuple[_Projection, ...]] = field(default_factory=dict)
+    heads: dict[str, tuple[Heads, ...]] = field(default_factory=dict)
 
 
 def _main(name: str, bypass: str | None = None) -> dict[str, Stream]:
@@ -517,38 +528,36 @@ def _part(name: str, module: Any, kind: Kind, form: Form, inside: str) -> Iterat
     yield _Found(name, kind, streams, inside, {key: value for key, value in heads.items() if key in streams})
 
 
-_Projection = tuple[Site, int, int, int]
-"""Where the values of all heads stand, one after the other: the site, the first feature, the number of heads, a head's size."""
-_Of = Literal["query", "key", "value"]
 _FUSED = {"to_qkv_mlp_proj": ("query", "key", "value"), "img_qkv_proj": ("query", "key", "value")}
 
 
-def _projections(name: str, module: Any, of: str) -> list[_Projection]:
+def _projections(name: str, module: Any, of: str) -> list[Heads]:
     """Where an attention makes its queries, keys or values: of the image, and of the text where that has some of its own."""
     count = _head_count(module)
-    found: list[_Projection] = []
+    found: list[Heads] = []
     letter = of[0]
     for attribute in (f"to_{letter}", f"to_{of}", f"add_{letter}_proj", f"to_{letter}_t"):
         if isinstance(made := getattr(module, attribute, None), nn.Linear):
             # with fewer keys than queries, several queries share one
             own = made.out_features // (_head_size(module, count) or 1) if of != "query" else count
-            found.append((Site(f"{name}.{attribute}"), 0, own, made.out_features // max(own, 1)))
+            found.append(Heads(Site(f"{name}.{attribute}"), 0, own, made.out_features // max(own, 1)))
     for attribute, order in _FUSED.items():
         if isinstance(getattr(module, attribute, None), nn.Linear):
             size = module.inner_dim // count
             first = order.index(of) * module.inner_dim
-            found.append((Site(f"{name}.{attribute}", features=((first, first + module.inner_dim),)), first, count, size))
+            site = Site(f"{name}.{attribute}", features=((first, first + module.inner_dim),))
+            found.append(Heads(site, first, count, size))
     if of != "query" and isinstance(getattr(module, "txt_kv_proj", None), nn.Linear):
         first = ("key", "value").index(of) * module.inner_dim
         site = Site(f"{name}.txt_kv_proj", features=((first, first + module.inner_dim),))
-        found.append((site, first, count, module.inner_dim // count))
+        found.append(Heads(site, first, count, module.inner_dim // count))
     return found
 
 
-def _outputs(name: str, module: Any, form: Form) -> list[_Projection]:
+def _outputs(name: str, module: Any, form: Form) -> list[Heads]:
     """Where the heads' outputs stand beside each other, before they are mixed: what enters the last projection."""
     count = _head_count(module)
-    found: list[_Projection] = []
+    found: list[Heads] = []
     for attribute in ("to_out", "out_layer", "to_add_out", "to_out_t"):
         made = getattr(module, attribute, None)
         path = f"{name}.{attribute}"
@@ -556,14 +565,14 @@ def _outputs(name: str, module: Any, form: Form) -> list[_Projection]:
             made, path = made[0], f"{path}.0"
         if isinstance(made, nn.Linear):
             width = getattr(module, "inner_dim", None) or made.in_features
-            found.append((Site(path, ("input",), "input"), 0, count, width // count))
+            found.append(Heads(Site(path, ("input",), "input"), 0, count, width // count))
     if not found and getattr(module, "pre_only", False):  # Flux mixes them with its feed-forward, after the attention
-        found.append((Site(name), 0, count, module.inner_dim // count))
+        found.append(Heads(Site(name), 0, count, module.inner_dim // count))
     return found
 
 
 def _head_count(module: Any) -> int:
-    return int(getattr(module, "heads", None) or getattr(module, "num_heads", 1))
+    return int(getattr(module, "heads", 0) or getattr(module, "num_heads", 0) or 1)
 
 
 def _head_size(module: Any, count: int) -> int:
@@ -572,21 +581,21 @@ def _head_size(module: Any, count: int) -> int:
 
 
 def _by_stream(
-    name: str, of: str, found: list[_Projection], form: Form
-) -> tuple[str, dict[str, Stream], dict[str, tuple[_Projection, ...]]]:
+    name: str, of: str, found: list[Heads], form: Form
+) -> tuple[str, dict[str, Stream], dict[str, tuple[Heads, ...]]]:
     """The name of a projection, and its streams and heads: those of the image first, of the text second."""
-    attribute = found[0][0].module.removeprefix(f"{name}.")
-    label = f"{name}.to_{of[:1]}" if attribute in _FUSED else found[0][0].module
-    groups: dict[str, tuple[_Projection, ...]]
+    module = found[0].site.module
+    label = f"{name}.to_{of[:1]}" if module.removeprefix(f"{name}.") in _FUSED else module
+    groups: dict[str, tuple[Heads, ...]]
     if len(found) > 1:
         groups = {"image": (found[0],), "text": (found[1],), "both": (found[1], found[0])}
     elif form == "joined":
-        site, *rest = found[0]
-        groups = {which: ((replace(site, tokens=which), *rest),) for which in ("image", "text")}  # type: ignore[dict-item]
-        groups["both"] = (found[0],)
+        (one,) = found
+        image, text = replace(one.site, tokens="image"), replace(one.site, tokens="text")
+        groups = {"image": (one._replace(site=image),), "text": (one._replace(site=text),), "both": (one,)}
     else:
         groups = {"text" if form == "text" else "main": (found[0],)}
-    return label, {key: Stream(tuple(site for site, *_ in sites)) for key, sites in groups.items()}, groups
+    return label, {key: Stream(tuple(heads.site for heads in sites)) for key, sites in groups.items()}, groups
 
 
 # --- U-Nets ------------------------------------------------------------------------------------------------------------
@@ -754,20 +763,21 @@ def _cascade(model: Any) -> Iterator[_Found]:
 # --- transformers ------------------------------------------------------------------------------------------------------
 
 
-def _has(model: nn.Module, path: str) -> bool:
+def _stack(model: nn.Module, path: str) -> nn.ModuleList:
+    """The stack of blocks at that path, empty where there is none."""
     try:
-        return isinstance(model.get_submodule(path), nn.ModuleList)
+        found = model.get_submodule(path)
     except AttributeError:
-        return False
+        return nn.ModuleList()
+    return found if isinstance(found, nn.ModuleList) else nn.ModuleList()
 
 
 def _transformer(model: nn.Module, denoiser: Denoiser) -> Iterator[_Found]:
     if denoiser.before is not None:
         yield _Found(denoiser.before, "projection", _main(denoiser.before))
     for stack, form in denoiser.stacks.items():
-        if _has(model, stack):
-            for i, block in enumerate(model.get_submodule(stack)):  # type: ignore[arg-type]
-                yield from _block(f"{stack}.{i}", block, form)
+        for i, block in enumerate(_stack(model, stack)):
+            yield from _block(f"{stack}.{i}", block, form)
     if denoiser.after is not None and isinstance(getattr(model, denoiser.after, None), nn.Module):
         yield _Found(denoiser.after, "projection", _main(denoiser.after))
 
@@ -791,7 +801,7 @@ _TEXT_PARTS: dict[str, Kind] = {
 
 def _text_encoder(model: nn.Module, stack: str) -> Iterator[_Found]:
     """The blocks of a text encoder, with their attentions and feed-forwards; what they return first is the text."""
-    for i, block in enumerate(model.get_submodule(stack)):  # type: ignore[arg-type]
+    for i, block in enumerate(_stack(model, stack)):
         name = f"{stack}.{i}"
         for part, kind in _TEXT_PARTS.items():
             if any(path == part for path, _ in block.named_modules()):
@@ -801,6 +811,136 @@ def _text_encoder(model: nn.Module, stack: str) -> Iterator[_Found]:
         site = Site(name, (0,) if type(block).__name__ == "T5Block" else ())
         bypass = (Site(name, ("hidden_states",), "input"),)
         yield _Found(name, "block", {"text": Stream((site,), bypass=bypass)})
+
+
+# --- flow ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A module that a denoiser calls once, which treats every row of its batch by itself; and what it reads and writes.
+
+    reads, writes: values that pass between units: `state` (what the denoiser is given), `image`, `text`, `skip 3`, `out`. What
+    else a unit is told (time, text of a cross-attention) belongs to the row and does not change in a call.
+    """
+
+    module: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What passes between a denoiser's units, in execution order.
+
+    sites: for each site that layers write, after which unit it is written, and which values it holds.
+    """
+
+    units: tuple[Unit, ...]
+    sites: Mapping[Site, tuple[int, tuple[str, ...]]]
+
+
+ROWS = (
+    "input",
+    "input_tensor",
+    "hidden_states",
+    "encoder_hidden_states",
+    "temb",
+    "emb",
+    "temb_mod",
+    "temb_mod_img",
+    "temb_mod_txt",
+    "timestep",
+    "class_labels",
+    "attention_mask",
+    "encoder_attention_mask",
+    "encoder_hidden_states_mask",
+)
+"""The arguments of units that hold an entry a row. What a unit is told beside them must be the same for all."""
+
+
+def flow(model: nn.Module) -> Flow | None:
+    """How values pass through a denoiser; None where that is not known (skips between the blocks of a transformer)."""
+    if hasattr(model, "down_blocks"):
+        return None if hasattr(model, "down_downscalers") or not hasattr(model.down_blocks[0], "resnets") else _unet_flow(model)  # type: ignore[index]
+    denoiser = denoiser_of(model)
+    return None if denoiser is None or type(model).__name__ == "HunyuanDiT2DModel" else _transformer_flow(model, denoiser)
+
+
+def _unet_flow(model: Any) -> Flow:
+    units: list[Unit] = []
+    sites: dict[Site, tuple[int, tuple[str, ...]]] = {}
+    skips = 0
+
+    def add(module: str, *read: str, skip: bool = False) -> None:
+        nonlocal skips
+        writes = ("image", f"skip {skips}") if skip else ("image",)
+        skips += skip
+        sites[Site(module)] = (len(units), writes)
+        units.append(Unit(module, ("image", *read), writes))
+
+    def inner(name: str, block: Any, skip: bool, reads: Sequence[str] = ()) -> None:
+        attentions = getattr(block, "attentions", None) or []
+        for j in range(len(block.resnets)):
+            add(f"{name}.resnets.{j}", *reads[j : j + 1], skip=skip and not len(attentions))
+            if len(attentions):
+                add(f"{name}.attentions.{j}", skip=skip)
+
+    add("conv_in", skip=True)
+    units[0] = replace(units[0], reads=("state",))
+    for i, block in enumerate(model.down_blocks):
+        name, first = f"down_blocks.{i}", skips
+        inner(name, block, True)
+        for j in range(len(getattr(block, "downsamplers", None) or [])):
+            add(f"{name}.downsamplers.{j}", skip=True)
+        sites[Site(name, (0,))] = (len(units) - 1, ("image",))
+        sites |= {Site(name, (1, k)): (len(units) - 1, (f"skip {first + k}",)) for k in range(skips - first)}
+    if model.mid_block is not None:
+        attentions = getattr(model.mid_block, "attentions", None) or []
+        for j in range(len(model.mid_block.resnets)):
+            if 0 < j <= len(attentions) and attentions[j - 1] is not None:
+                add(f"mid_block.attentions.{j - 1}")
+            add(f"mid_block.resnets.{j}")
+        sites[Site("mid_block")] = (len(units) - 1, ("image",))
+    left = skips
+    sites |= {site: (len(units) - 1, (f"skip {k}",)) for k, site in enumerate(_skip_sites(model))}
+    for i, block in enumerate(model.up_blocks):
+        name, count = f"up_blocks.{i}", len(block.resnets)
+        inner(name, block, False, [f"skip {left - 1 - j}" for j in range(count)])
+        left -= count
+        for j in range(len(getattr(block, "upsamplers", None) or [])):
+            add(f"{name}.upsamplers.{j}")
+        sites[Site(name)] = (len(units) - 1, ("image",))
+    add("conv_out")
+    return Flow(tuple(units), sites)
+
+
+def _transformer_flow(model: nn.Module, denoiser: Denoiser) -> Flow:
+    units: list[Unit] = []
+    sites: dict[Site, tuple[int, tuple[str, ...]]] = {}
+    image = "state"
+    if denoiser.before is not None:
+        sites[Site(denoiser.before)] = (0, ("image",))
+        units.append(Unit(denoiser.before, ("state",), ("image",)))
+        image = "image"
+    for found in layers(model):
+        if found.kind != "block":
+            continue
+        written = {site: which for which, stream in found.streams.items() for site in stream.writes if which != "both"}
+        names = {"main": "image"}
+        values = tuple(dict.fromkeys(names.get(which, which) for which in found.streams if which != "both"))
+        # an image's block may read the text, whether it returns it or not
+        reads = ("text",) if values == ("text",) else ("image", "text")
+        for stream in found.streams.values():
+            for site in stream.writes:
+                one = written.get(site)
+                sites[site] = (len(units), values if one is None else (names.get(one, one),))
+        units.append(Unit(found.name, tuple(image if value == "image" else value for value in reads), values))
+        image = "image" if "image" in values else image
+    if denoiser.after is not None and isinstance(getattr(model, denoiser.after, None), nn.Module):
+        sites[Site(denoiser.after)] = (len(units), ("out",))
+        units.append(Unit(denoiser.after, ("image",), ("out",)))
+    return Flow(tuple(units), sites)
 
 
 # --- shapes ------------------------------------------------------------------------------------------------------------

@@ -325,12 +325,10 @@ class _Engine:
                 for index in clock.indices(write_.row):
                     kept.setdefault(index, tensor[index].clone())
         result = changed.clone()
-        # the common case, one gather: every target row points at its source row
-        plain = [write_ for write_ in writes if _is_plain(write_.injection)] if _are_plain(writes) else []
-        if plain:
-            targets = [index for write_ in plain for index in clock.indices(write_.row)]
-            origins = [index for write_ in plain for index in clock.indices(write_.injection.source.index)]  # type: ignore[union-attr]
-            view.write(result, targets, view.read(origins))
+        if sources := _plain_sources(writes):
+            # the common case, one gather: every target row points at its source row
+            targets = [index for write_ in writes for index in clock.indices(write_.row)]
+            view.write(result, targets, view.read([index for row in sources for index in clock.indices(row)]))
             return result
         for write_ in writes:
             where = clock.indices(write_.row)
@@ -378,14 +376,18 @@ class _Engine:
         return source.to(target.device, target.dtype).expand_as(target)
 
 
-def _are_plain(writes: Sequence[_Write]) -> bool:
-    """Whether no row is written twice, and every one whole from another row."""
-    return all(_is_plain(write_.injection) for write_ in writes) and len({write_.row for write_ in writes}) == len(writes)
-
-
-def _is_plain(injection: Injection) -> bool:
-    bare = injection.mask is None and injection.tokens is None
-    return bare and injection.operation is replace and isinstance(injection.source, Row)
+def _plain_sources(writes: Sequence[_Write]) -> list[int]:
+    """The row that each takes its value from, where no row is written twice and every one whole; else nothing."""
+    sources = [
+        write_.injection.source.index
+        for write_ in writes
+        if isinstance(write_.injection.source, Row)
+        and write_.injection.operation is replace
+        and write_.injection.mask is None
+        and write_.injection.tokens is None
+    ]
+    once = len({write_.row for write_ in writes}) == len(writes)
+    return sources if once and len(sources) == len(writes) else []
 
 
 def _spatial(mask: Tensor, target: Tensor, layer: str) -> Tensor:

@@ -100,7 +100,7 @@ def distinct_timesteps(schedule: Any) -> tuple[float, ...]:
 
 
 class Clock:
-    """Follows a denoiser's calls: the step, which call within it, how the batch is laid out, and where the image's tokens stand.
+    """Follows a denoiser's calls: the step, which call in it, how the batch is laid out, and where the image's tokens stand.
 
     A step is known by the timestep the denoiser is given, never by counting calls. `rows` is the number of images made at
     once; under guidance the denoiser sees each row once per branch, at `row + branch * rows`. A text encoder, which is told no

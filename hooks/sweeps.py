@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .errors import ProbekitError
 from .injections import Injection, inject
+from .rows import needed
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,12 @@ def sweep(
         part = rules[start : start + size - 1]
         rows = [edit, *[original] * len(part)]
         numbered = {row: injections for row, injections in enumerate(part, start=1) if injections}
-        with inject(denoiser(pipeline), numbered, schedule=pipeline.scheduler, rows=len(rows)), torch.no_grad():
+        model = denoiser(pipeline)
+        with (
+            inject(model, numbered, schedule=pipeline.scheduler, rows=len(rows)) as clock,
+            needed(model, numbered, clock),
+            torch.no_grad(),
+        ):
             made = pipeline(**stack(rows), **options, output_type="pt").images
         picture_of_e = made[0] if picture_of_e is None else picture_of_e
         images += list(made[1:])
