@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from probekit.zoo.measured import Measured
 from probekit.zoo.training import Schedule, train
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 SCHEDULE = Schedule(steps=6500, learning_rate=1.2e-3, warmup=300, ema=0.999, bfloat16=True)
 BATCH = 32
@@ -57,58 +58,79 @@ def scheduler() -> DDIMScheduler:
     )
 
 
+class SceneCodes:
+    """Codes of all training scenes, computed once and kept in `cache`; their captions, and the empty one; where objects are."""
+
+    def __init__(self, vae: AutoencoderKL, cache: Path) -> None:
+        if not cache.exists():
+            _encode(vae, cache)
+        self.latents = load_file(cache)["latents"]
+        scenes = split(held_out=False)
+        self.captions = [*(scene.caption for scene in scenes), ""]
+        centres = torch.tensor([PLACES[s.place] for s in scenes])
+        reach = torch.tensor([SIZES[s.size] for s in scenes]) + 3
+        cells = 4 * torch.arange(16) + 2
+        inside = (centres[:, :, None] - cells).abs() < reach[:, None, None]
+        self.objects = inside[:, 1, :, None] & inside[:, 0, None, :]
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """The numbers of `BATCH` scenes, their codes (n, 4, 16, 16), and as much noise."""
+        index = torch.randint(self.latents.shape[0], (BATCH,), generator=generator)
+        latents = self.latents[index].float()
+        return index, latents, torch.randn(latents.shape, generator=generator)
+
+    def captioned(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """The numbers of these scenes' captions, now and then of the empty one instead."""
+        return torch.where(torch.rand(len(index), generator=generator) < EMPTY_CAPTIONS, len(self.captions) - 1, index)
+
+    def mean(self, error: Tensor, captioned: Tensor) -> Tensor:
+        """The mean of an error (n, 4, 16, 16), in which cells around the object count `OBJECT_WEIGHT` times.
+
+        They decide where it stands and what it is. That moves no optimum: given its caption, a cell's weight is fixed, and
+        pictures without a caption have none.
+        """
+        last = len(self.captions) - 1
+        objects = self.objects[captioned.clamp(max=last - 1)] & (captioned < last)[:, None, None]
+        return (error * (1 + (OBJECT_WEIGHT - 1) * objects.float())[:, None]).mean()
+
+
 class Denoising:
-    """The loss of mini-sd over codes that are computed once and kept in `cache`."""
+    """The loss of mini-sd."""
 
     def __init__(self, vae_folder: Path, clip_folder: Path, cache: Path) -> None:
+        from diffusers import AutoencoderKL
         from transformers import CLIPTextModel, CLIPTokenizer
 
         tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
         # frozen: trained along, it forgets early which words it does not need yet, and left and right become one
         self.text_encoder = CLIPTextModel.from_pretrained(clip_folder).bfloat16()
         self.scheduler = scheduler()
-        if not cache.exists():
-            _encode(vae_folder, cache)
-        self.latents = load_file(cache)["latents"]
-        scenes = split(held_out=False)
-        captions = [scene.caption for scene in scenes]
-        centres = torch.tensor([PLACES[s.place] for s in scenes])
-        reach = torch.tensor([SIZES[s.size] for s in scenes]) + 3
-        cells = 4 * torch.arange(16) + 2
-        inside = (centres[:, :, None] - cells).abs() < reach[:, None, None]
-        self.objects = inside[:, 1, :, None] & inside[:, 0, None, :]
-        self.tokens = tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids
+        self.scenes = SceneCodes(AutoencoderKL.from_pretrained(vae_folder), cache)
+        self.tokens = tokenizer(self.scenes.captions, padding="max_length", return_tensors="pt").input_ids
 
     def __call__(self, unet: nn.Module, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of v (Salimans and Ho 2022, appendix D), the same weight for every timestep.
 
         Min-SNR weights (Hang et al. 2023) were slower here: they take the weight from the noisiest steps, which decide
-        where the object stands and what it is. For the same reason cells around the object count `OBJECT_WEIGHT` times.
-        That moves no optimum: given its caption, a cell's weight is fixed, and pictures without a caption have none.
+        where the object stands and what it is, as do the cells that `SceneCodes.mean` favours.
         """
-        index = torch.randint(self.latents.shape[0], (BATCH,), generator=generator)
-        latents = self.latents[index].float()
-        noise = torch.randn(latents.shape, generator=generator)
+        index, latents, noise = self.scenes.draw(generator)
         timesteps = torch.randint(1000, (BATCH,), generator=generator)
-        empty = torch.rand(BATCH, generator=generator) < EMPTY_CAPTIONS
-        tokens = self.tokens[torch.where(empty, len(self.tokens) - 1, index)]
+        captioned = self.scenes.captioned(index, generator)
         dtype = next(unet.parameters()).dtype
         noisy = self.scheduler.add_noise(latents, noise, timesteps).to(dtype)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
         with torch.no_grad():
-            text = self.text_encoder(tokens)[0].to(dtype)
+            text = self.text_encoder(self.tokens[captioned])[0].to(dtype)
         predicted = unet(noisy, timesteps, text, return_dict=False)[0]
-        weights = 1 + (OBJECT_WEIGHT - 1) * (self.objects[index] & ~empty[:, None, None]).float()
         error = (predicted.float() - target).square()
-        return (error * weights[:, None]).mean(), {"v": error.mean().item()}
+        return self.scenes.mean(error, captioned), {"v": error.mean().item()}
 
 
 @torch.no_grad()
-def _encode(vae_folder: Path, cache: Path) -> None:
+def _encode(vae: AutoencoderKL, cache: Path) -> None:
     """Write the scaled code of a drawing of every training scene, in their order."""
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL.from_pretrained(vae_folder, dtype=torch.bfloat16)
+    vae = copy.deepcopy(vae).bfloat16()
     generator = torch.Generator().manual_seed(0)
     scenes = split(held_out=False)
     codes = [
@@ -145,26 +167,26 @@ def train_and_save(folder: Path, checkpoints: Path, *, seed: int = 0, vae_folder
     pipeline.to(torch.float16).save_pretrained(folder)
 
 
-def evaluate(n: int = 500, seed: int = 1) -> list[Measured]:
+def evaluate(name: str = "mini-sd", n: int = 500, seed: int = 1) -> list[Measured]:
     """What the scene reader finds in pictures of n captions that training never saw, at the bundled guidance, 20 steps.
 
-    The bars are the ones this model is meant to reach; size has none. The last row is the reader on the autoencoder's
-    reconstructions of drawn scenes.
+    name: of a bundled pipeline. The bars are the ones it is meant to reach; size has none. The last row is the reader on the
+    autoencoder's reconstructions of drawn scenes.
     """
     from probekit.bundled import GUIDANCE
     from probekit.data.scenes import VALUES, labels, sample_scenes
     from probekit.metrics.readers import scene_reader
     from probekit.models import load
 
-    model, reader = load("mini-sd", device="cpu"), scene_reader()
+    model, reader = load(name, device="cpu"), scene_reader()
     generator = torch.Generator().manual_seed(seed)
     scenes = sample_scenes(n, generator, held_out=True)
     drawn = render(scenes, generator)
     seen, decoded = [], []
-    with progress("mini-sd paints", n) as advance:
+    with progress(f"{name} paints", n) as advance:
         for i in range(0, n, 50):
             captions = [s.caption for s in scenes[i : i + 50]]
-            options = {"num_inference_steps": 20, "guidance_scale": GUIDANCE["mini-sd"]}
+            options = {"num_inference_steps": 20, "guidance_scale": GUIDANCE[name]}
             images = model.generate(captions, range(i, i + len(captions)), seed=seed, **options)
             seen.append(reader.read(images))
             with torch.no_grad():

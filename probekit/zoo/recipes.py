@@ -42,7 +42,21 @@ def _train_mini_sd(folder: Path, checkpoints: Path, seed: int) -> None:
 def _evaluate_mini_sd(n: int, seed: int) -> list[Measured]:
     from probekit.zoo import mini_sd
 
-    return mini_sd.evaluate(n, seed)
+    return mini_sd.evaluate("mini-sd", n, seed)
+
+
+def _transformer_recipe(name: str) -> Recipe:
+    def train(folder: Path, checkpoints: Path, seed: int) -> None:
+        from probekit.zoo import scene_transformers
+
+        scene_transformers.train_and_save(name, folder, checkpoints, seed=seed)
+
+    def evaluate(n: int, seed: int) -> list[Measured]:
+        from probekit.zoo import mini_sd
+
+        return mini_sd.evaluate(name, n, seed)
+
+    return Recipe(_TRANSFORMERS[name], train, evaluate)
 
 
 def _family_recipe(name: str) -> Recipe:
@@ -59,6 +73,11 @@ def _family_recipe(name: str) -> Recipe:
 
     return Recipe(_FAMILIES[name], train, evaluate)
 
+
+_TRANSFORMERS = {
+    "mini-sd3": "StableDiffusion3Pipeline of the same scenes: two-stream transformer, rectified flow, mini-sd's autoencoder",
+    "mini-dit": "PixArtAlphaPipeline of the same scenes: transformer with cross-attention, T5, mini-sd's autoencoder, DDIM",
+}
 
 _FAMILIES = {
     "avatar-vae": "VAE of 32x32 avatars in DiffuseVAE's architecture, a code of 128",
@@ -77,6 +96,7 @@ RECIPES: dict[str, Recipe] = {
         _train_mini_sd,
         _evaluate_mini_sd,
     ),
+    **{name: _transformer_recipe(name) for name in _TRANSFORMERS},
     "scene-reader": Recipe(
         "CNN that reads place, size, kind, colour, ground and texture off a scene",
         lambda folder, checkpoints, seed: scene_reader.train_and_save(folder, checkpoints, seed=seed),

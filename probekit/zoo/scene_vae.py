@@ -34,6 +34,7 @@ def build() -> nn.Module:
         norm_num_groups=1,
         sample_size=64,
         mid_block_add_attention=False,
+        shift_factor=0.0,  # StableDiffusion3Pipeline takes no none
     )
 
 

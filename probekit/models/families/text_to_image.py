@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from probekit import hooks
-from probekit.bundled import GUIDANCE
+from probekit.bundled import GUIDANCE, borrowed
 from probekit.hooks.errors import ProbekitError
 from probekit.models import hub
 from probekit.models.formats import Format
@@ -19,7 +20,6 @@ from probekit.models.model import Condition, Maker, Model
 from probekit.models.painter import Painter
 from probekit.models.spaces import denoiser_spaces
 from probekit.sampling import Denoiser, Diffusion, denoisers
-
 
 _DECODERS = ("KandinskyPipeline", "KandinskyV22Pipeline", "StableCascadeDecoderPipeline")
 """What makes pictures of image embeddings; a prior, a pipeline of its own, makes these of captions."""
@@ -32,7 +32,11 @@ def as_model(pipeline: Any, name: str) -> Model:
     captions are painted at the pipeline's own guidance scale. A pipeline whose VAE is none, or of a kind not known here, paints
     and has layers, but has no spaces.
     """
-    defaults = {"guidance_scale": GUIDANCE[name]} if name in GUIDANCE else {}
+    defaults: dict[str, Any] = {"guidance_scale": GUIDANCE[name]} if name in GUIDANCE else {}
+    side = hooks.denoiser(pipeline).config.get("sample_size")
+    binning = "use_resolution_binning" in inspect.signature(type(pipeline).__call__).parameters
+    if binning and isinstance(side, int) and side * pipeline.vae_scale_factor < 256:
+        defaults["use_resolution_binning"] = False  # to the published models' sizes; a smaller model is refused
     painter = Painter(pipeline, name, defaults)
     parts = {part: module for part, module in sorted(pipeline.components.items()) if isinstance(module, nn.Module)}
     return _under(Condition(), painter, nn.ModuleDict(parts))
@@ -123,7 +127,7 @@ def load_pipeline(path: str | Path, name: str, device: torch.device, dtype: str 
         if decodes:
             _check_prior(Path(path), index["_class_name"], name)
         loader = AutoPipelineForText2Image if decodes else DiffusionPipeline  # the former loads its prior, too
-        pipeline = loader.from_pretrained(str(path), dtype=chosen)
+        pipeline = loader.from_pretrained(str(path), dtype=chosen, **_not_there(Path(path), index, chosen))
     except ProbekitError:
         raise
     except Exception as error:  # diffusers, safetensors and the hub raise a dozen kinds
@@ -150,6 +154,16 @@ def _check_prior(folder: Path, kind: str, name: str) -> None:
             f"model {name!r}: a {kind} decodes the image embeddings of a prior; name its folder or hub id in {card}, between "
             f"lines of '---' as 'prior: [kandinsky-community/kandinsky-2-2-prior]', or give a pipeline saved with both"
         )
+
+
+def _not_there(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` is told of what the folder lacks: parts that bundled models lend, and that SD3 goes without T5."""
+    found: dict[str, Any] = {part: None for part in ("text_encoder_3", "tokenizer_3") if index.get(part) == [None, None]}
+    for part, place in borrowed(folder).items():
+        library, kind = index[part]
+        loader = getattr(importlib.import_module(library), kind)
+        found[part] = loader.from_pretrained(place, **({"dtype": dtype} if issubclass(loader, nn.Module) else {}))
+    return found
 
 
 FORMATS = (
