@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,36 +14,55 @@ from torch import Tensor
 
 from probekit import hooks, seeds
 from probekit.hooks.errors import ProbekitError
+from probekit.hooks.pictures import pictures
 
 _STABLE = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+_PIXART = (
+    ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"),
+    {"do_classifier_free_guidance": True, "clean_caption": False},
+)
 # what encode_prompt returns, in order, and what it needs beyond the prompt, for each family; other pipelines take text
 _ENCODERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "StableDiffusionPipeline": (_STABLE[:2], {"do_classifier_free_guidance": True}),
+    "LatentConsistencyModelPipeline": (("prompt_embeds", ""), {"do_classifier_free_guidance": False}),
     "StableDiffusionXLPipeline": (_STABLE, {"do_classifier_free_guidance": True}),
     "StableDiffusion3Pipeline": (_STABLE, {"do_classifier_free_guidance": True, "prompt_2": None, "prompt_3": None}),
     "FluxPipeline": (("prompt_embeds", "pooled_prompt_embeds", ""), {"prompt_2": None}),
-    "PixArtAlphaPipeline": (
-        ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"),
-        {"do_classifier_free_guidance": True, "clean_caption": False},
-    ),
+    "PixArtAlphaPipeline": _PIXART,
+    "PixArtSigmaPipeline": _PIXART,
 }
-_CLIP = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+_CLIP = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline", "StableDiffusionXLPipeline")
 """Pipelines whose embeddings are CLIP's alone, a token each: the end of the caption has its place in them."""
+
+_VARIANTS = re.compile("PAG|ControlNet(Union)?|Adapter|Kontext")
+"""In a pipeline's name, what adds something to a family's painting, and nothing to its captions."""
+
+_OF_PICTURES = re.compile("Control|Adapter|Upscale|Img2Img|Image2Image|Inpaint|Pix2Pix|Edit|Fill")
+"""In a pipeline's name: it paints from pictures, too; others take them at most."""
+
+_PICTURES = ("image", "control_image", "mask_image")
+_CAPTION = re.compile(r"(negative_)?prompt(_\d)?")
 
 
 class Painter:
     """A diffusers pipeline that makes pictures from captions. Pictures are (n, 3, h, w) in [-1, 1].
 
     name: of the model, for errors. defaults: pipeline options that hold where a call gives none, such as a guidance scale.
+
+    Options that a pipeline wants once a row are given once, as all others: negative prompts, further prompts, and the pictures
+    of a ControlNet, a T2I-Adapter or an upscaler (`image`, `control_image`, as that pipeline takes one). What its encoders of
+    text are told (`clip_skip`, `max_sequence_length`, …) reaches them.
     """
 
     def __init__(self, pipeline: Any, name: str, defaults: Mapping[str, Any]) -> None:
         self.pipeline, self.name, self.defaults = pipeline, name, dict(defaults)
         self.kind = type(pipeline).__name__
-        if self.kind == "PixArtAlphaPipeline":
+        self._family = _VARIANTS.sub("", self.kind)
+        self._parameters = inspect.signature(type(pipeline).__call__).parameters
+        if _ENCODERS.get(self._family) is _PIXART:
             self.defaults["negative_prompt"] = None  # its default, "", is refused beside embeddings
-        self._encoded: dict[str, dict[str, Any]] = {}
-        self._negative: dict[str, Any] = {}
+        self._encoded: dict[tuple[str, str], dict[str, Any]] = {}
+        self._negative: dict[str, dict[str, Any]] = {}
         pipeline.set_progress_bar_config(disable=True)
         if getattr(pipeline, "safety_checker", None) is not None:
             # it blacks out pictures that it takes offence at, damaged ones above all, and black would count as a result
@@ -52,19 +74,20 @@ class Painter:
     @property
     def encodes(self) -> tuple[str, ...]:
         """What captions become, by the names of the pipeline's arguments; nothing where the pipeline takes text alone."""
-        names, _ = _ENCODERS.get(self.kind, ((), {}))
+        names, _ = _ENCODERS.get(self._family, ((), {}))
         return tuple(name for name in names if name.endswith("prompt_embeds") and not name.startswith("negative"))
 
     @property
     def has_end(self) -> bool:
         """Whether the caption's end has a place in the embeddings."""
-        return self.kind in _CLIP
+        return self._family in _CLIP
 
-    def embedded(self, prompt: str) -> dict[str, Any]:
-        """The prompt as the pipeline's arguments, encoded once and remembered."""
-        if prompt not in self._encoded:
-            self._encoded[prompt] = self._encode(prompt)
-        return self._encoded[prompt]
+    def embedded(self, prompt: str, **told: Any) -> dict[str, Any]:
+        """The prompt as the pipeline's arguments, encoded once and remembered. told: options of the pipeline's encoding."""
+        key = repr(sorted(told.items()))
+        if (prompt, key) not in self._encoded:
+            self._encoded[prompt, key] = self._encode(prompt, key, told)
+        return self._encoded[prompt, key]
 
     def end(self, prompt: str) -> int:
         """The number of the token that ends the prompt, of a pipeline that `has_end`."""
@@ -72,55 +95,119 @@ class Painter:
         told = words(prompt, padding="max_length", max_length=words.model_max_length, truncation=True).input_ids
         return told.index(words.eos_token_id)
 
-    def _encode(self, prompt: str) -> dict[str, Any]:
-        if self.kind not in _ENCODERS:
+    def _encode(self, prompt: str, key: str, told: dict[str, Any]) -> dict[str, Any]:
+        if self._family not in _ENCODERS:
             return {"prompt": prompt}
-        names, arguments = _ENCODERS[self.kind]
+        names, arguments = _ENCODERS[self._family]
+        device = self.pipeline._execution_device
+        negative = self._negative.get(key, {})
+        told = {option: value for option, value in told.items() if not (negative and option.startswith("negative"))}
         with torch.no_grad():
             returned = self.pipeline.encode_prompt(
-                prompt=prompt, device=self.pipeline._execution_device, num_images_per_prompt=1, **arguments, **self._negative
+                prompt=prompt, device=device, num_images_per_prompt=1, **arguments | told, **negative
             )
-        encoded = {key: value for key, value in zip(names, returned, strict=True) if key}
-        # the empty prompt of guidance is encoded with the first prompt only
-        self._negative = {key: value for key, value in encoded.items() if key.startswith("negative")}
+        encoded = {name: value for name, value in zip(names, returned, strict=True) if name}
+        # the negative prompt of guidance is encoded with the first prompt only
+        self._negative[key] = {name: value for name, value in encoded.items() if name.startswith("negative")}
         return encoded
+
+    @functools.cached_property
+    def _of_encoding(self) -> frozenset[str]:
+        """The pipeline's options that encode_prompt must be told, since it runs here."""
+        if self._family not in _ENCODERS:
+            return frozenset()
+        taken = inspect.signature(self.pipeline.encode_prompt).parameters.keys() & self._parameters.keys()
+        held = {name for name in taken if re.search("_embeds|_mask", name)}
+        return frozenset(taken - held - {"prompt", "num_images_per_prompt"})
 
     # --- pictures ---------------------------------------------------------------------------------------------------------
 
-    def row(self, prompt: str, noise: int, seed: int = 0) -> dict[str, Any]:
-        """What makes one row of a batch: the caption, and the noise of that number (`seeds.numbered`)."""
-        # noise is drawn on the CPU, so that a number means the same noise on every device
-        return {**self.embedded(prompt), "generator": seeds.numbered(seed, noise)}
+    def row(self, prompt: str, noise: int | Tensor, seed: int = 0, **told: Any) -> dict[str, Any]:
+        """What makes one row of a batch: the caption, and what the picture starts from.
 
-    @torch.no_grad()
+        noise: its number (`seeds.numbered`), or a latent (1, *shape), the pipeline's `latents`, to which a picture is inverted.
+        told: options that are particular to a row; see above.
+        """
+        encoding = {option: value for option, value in told.items() if option in self._of_encoding}
+        start: dict[str, Any] = {"latents": noise} if isinstance(noise, Tensor) else {}
+        # noise is drawn on the CPU, so that a number means the same noise on every device
+        start["generator"] = seeds.numbered(seed, 0 if start else noise)
+        return self.embedded(prompt, **encoding) | {k: v for k, v in told.items() if k not in encoding} | start
+
     def paint(self, rows: Sequence[Mapping[str, Any]], **options: Any) -> Float[Tensor, "n 3 h w"]:
         """Pictures of rows, as `row` makes them, in one batch. options: the pipeline's (`num_inference_steps`, …)."""
-        images = self.pipeline(**hooks.stack(rows), **self.defaults | options, output_type="pt").images
-        return images.float() * 2 - 1
+        told, shared = self._split(options)
+        if late := sorted(told.keys() & self._of_encoding):
+            raise ProbekitError(f"{late[0]}: the captions of these rows are encoded already; give it to `row`")
+        given = [dict(row) | told for row in rows]
+        self._check_pictures(given[0])
+        return pictures(self.pipeline, given, **shared) * 2 - 1
 
     def generate(
-        self, prompts: Sequence[str], noises: Sequence[int], *, seed: int = 0, **options: Any
+        self, prompts: Sequence[str], noises: Sequence[int | Tensor], *, seed: int = 0, **options: Any
     ) -> Float[Tensor, "n 3 h w"]:
         """Pictures of the prompts, each from the noise of that number. options: the pipeline's."""
-        return self.paint([self.row(p, number, seed) for p, number in zip(prompts, noises, strict=True)], **options)
+        told, shared = self._split(options)
+        rows = [self.row(p, noise, seed, **told) for p, noise in zip(prompts, noises, strict=True)]
+        return self.paint(rows, **shared)
 
     def sweep(
         self,
-        original: tuple[str, int],
-        edit: tuple[str, int],
+        original: tuple[str, int | Tensor],
+        edit: tuple[str, int | Tensor],
         rules: Sequence[Sequence[hooks.Injection]],
         *,
+        others: Sequence[tuple[str, int | Tensor]] = (),
         seed: int = 0,
         **options: Any,
     ) -> hooks.Swept:
-        """`hooks.sweep` over (prompt, noise's number) pairs, with images in [-1, 1]; options are its and the pipeline's."""
-        o, e = self.row(*original, seed), self.row(*edit, seed)
-        swept = hooks.sweep(self.pipeline, original=o, edit=e, rules=rules, **self.defaults | options)
-        return hooks.Swept(swept.edit.float() * 2 - 1, swept.images.float() * 2 - 1)
+        """`hooks.sweep` over pairs (prompt, noise as of `row`), with images in [-1, 1]; options are its and the pipeline's."""
+        told, shared = self._split(options)
+        o, e, *more = (self.row(*pair, seed, **told) for pair in (original, edit, *others))
+        self._check_pictures(o)
+        swept = hooks.sweep(self.pipeline, original=o, edit=e, rules=rules, others=more, **shared)
+        return hooks.Swept(swept.edit * 2 - 1, swept.others * 2 - 1, swept.images * 2 - 1)
+
+    def _split(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Options that are particular to a row, and those that all rows share, with the defaults."""
+        names = self._parameters.keys()
+        of_rows = {name for name in names if name in _PICTURES or _CAPTION.fullmatch(name)} | self._of_encoding
+        told = {option: value for option, value in options.items() if option in of_rows and value is not None}
+        shared = self.defaults | {option: value for option, value in options.items() if option not in told}
+        if "intermediate_timesteps" in names and shared.get("num_inference_steps", 2) != 2:
+            shared.setdefault("intermediate_timesteps", None)  # SanaSprint's default is for two steps, and refused for others
+        return told, shared
+
+    def _check_pictures(self, row: Mapping[str, Any]) -> None:
+        """Raises ProbekitError where the pipeline paints from pictures that the row does not have."""
+        if missing := [name for name in self._needed() if name not in row]:
+            raise ProbekitError(
+                f"model {self.name!r}: a {self.kind} does not paint from a caption alone; give {' and '.join(missing)} in "
+                f"Python, as Painter.generate(prompts, noises, {missing[0]}=…)"
+            )
+
+    def _needed(self) -> list[str]:
+        return [name for name in _PICTURES if name in self._parameters and _OF_PICTURES.search(self.kind)]
 
     def denoise_once(self) -> None:
-        """Call the denoiser on one picture, for what watches its layers."""
-        self.pipeline(**hooks.stack([self.row("", 0)]), num_inference_steps=1, output_type="latent")
+        """Call the denoiser on one picture, for what watches its layers; of the config's size, else the pipeline's own."""
+        from PIL import Image
+
+        config: Any = hooks.denoiser(self.pipeline).config
+        side, options = config.get("sample_size"), dict[str, Any]()
+        if isinstance(side, int):
+            side *= getattr(self.pipeline, "vae_scale_factor", 1)
+            options = {name: side for name in ("height", "width") if name in self._parameters}
+        if "use_resolution_binning" in self._parameters:
+            options["use_resolution_binning"] = False  # it would make one of the published models' sizes of it
+        # an upscaler denoises codes that are as large as the picture which it is given
+        side = config.sample_size if "Upscale" in self.kind else side
+        blank = {name: Image.new("RGB", (side, side)) for name in self._needed()}
+        told, shared = self._split(blank | {"num_inference_steps": 1})
+        # what its codes are decoded to does not matter; Kandinsky 2.1 gives none undecoded
+        made = "pt" if self.kind == "KandinskyCombinedPipeline" else "latent"
+        with torch.no_grad():
+            self.pipeline(**hooks.stack([self.row("", 0, **told)]), **shared | options, output_type=made)
 
     def check_guidance(self, guidance: float) -> None:
         """Raises ProbekitError for less than 1, which diffusers' pipelines take for none."""
