@@ -26,21 +26,29 @@ class Tiny:
     """make: builds it. options: what every call of it needs, two steps and a small size among them. guided: the options that
     turn guidance on beside these, where there is any. guidance: how the denoiser is called under guidance: "one call" with a
     doubled batch (perturbed attention: tripled), "two calls" a step, or "none", where it has none or is told the scale.
+    pictures: what it paints from beside the caption, once a row.
     """
 
     make: Callable[[], Any]
     options: Mapping[str, Any]
     guided: Mapping[str, Any] = field(default_factory=dict)
     guidance: Guidance = "one call"
+    pictures: Mapping[str, Any] = field(default_factory=dict)
 
 
 @functools.cache
 def build(name: str) -> Any:
-    """The pipeline of that name in `PIPELINES`, built once; whoever changes it builds one of his own by `PIPELINES[name].make()`."""
+    """The pipeline of that name in `PIPELINES`, built once; whoever changes it makes one for himself."""
     torch.manual_seed(0)  # biases start as their layers make them
     pipeline = PIPELINES[name].make()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def row(name: str, caption: str, generator: torch.Generator) -> dict[str, Any]:
+    """What is particular to a row of that pipeline, for `hooks.stack`; a caption is a class for DiTPipeline."""
+    told = {"class_labels": len(caption) % 10} if name == "dit" else {"prompt": caption}
+    return {**told, **PIPELINES[name].pictures, "generator": generator}
 
 
 # --- text ----------------------------------------------------------------------------------------------------------------
@@ -54,8 +62,39 @@ def words() -> Any:
     return made
 
 
-def clip_text(projection: bool) -> Any:
-    """A CLIP text encoder, 16 wide, projecting to 8 or not at all."""
+@functools.cache
+def chat_words(pad: str = "right") -> Any:
+    """A tokenizer with a template of messages, a token a word, which stands for those of language models.
+
+    Words that no caption of a scene uses are all one token. pad: the side on which shorter captions are filled up.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from probekit.data.scenes import all_scenes
+
+    spelled = sorted({word for scene in all_scenes() for word in scene.caption.split()})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", "user", "system", "assistant", *spelled])}
+    pieces = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    pieces.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=pieces,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=512,
+        padding_side=pad,
+    )
+    made.chat_template = (
+        "{% for m in messages %}{{ m.role }} {% if m.content is string %}{{ m.content }}"
+        "{% else %}{% for c in m.content %}{{ c.text }} {% endfor %}{% endif %}\n{% endfor %}"
+    )
+    return made
+
+
+def clip_text(projection: bool, to: int = 8) -> Any:
+    """A CLIP text encoder, 16 wide, projecting or not at all."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     end = words().eos_token_id
@@ -65,7 +104,7 @@ def clip_text(projection: bool) -> Any:
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        projection_dim=8,
+        projection_dim=to,
         max_position_embeddings=77,
         eos_token_id=end,
         pad_token_id=end,
@@ -94,6 +133,23 @@ def flow(**options: Any) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(**options)
+
+
+def vae(latent_channels: int = 4, **options: Any) -> Any:
+    """An autoencoder of codes an eighth as wide as pictures; some pipelines count on that. `tiny_vae` halves them."""
+    from diffusers import AutoencoderKL
+
+    config: dict[str, Any] = {
+        "block_out_channels": (4, 4, 8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "latent_channels": latent_channels,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "shift_factor": 0.0,
+        "scaling_factor": 0.5,
+    }
+    return scramble(AutoencoderKL(**config | options))
 
 
 def unet(**options: Any) -> Any:
@@ -301,9 +357,405 @@ def pixart_sigma_pag() -> Any:
     return PixArtSigmaPAGPipeline(**pixart_parts(), pag_applied_layers=["blocks.1"])
 
 
+# --- with a ControlNet or an adapter -------------------------------------------------------------------------------------
+
+
+def picture(side: int = 32) -> Any:
+    from PIL import Image
+
+    return Image.radial_gradient("L").resize((side, side)).convert("RGB")
+
+
+def controlnet(of: Any) -> Any:
+    from diffusers import ControlNetModel
+
+    return scramble(ControlNetModel.from_unet(of, conditioning_embedding_out_channels=(8, 16)))
+
+
+def adapter() -> Any:
+    from diffusers import T2IAdapter
+
+    return scramble(T2IAdapter(channels=[8, 16], num_res_blocks=1, downscale_factor=2))
+
+
+def sd_controlnet() -> Any:
+    from diffusers import StableDiffusionControlNetPipeline
+
+    parts = sd_parts()
+    return StableDiffusionControlNetPipeline(**parts, controlnet=controlnet(parts["unet"]))
+
+
+def sd_adapter() -> Any:
+    from diffusers import StableDiffusionAdapterPipeline
+
+    return StableDiffusionAdapterPipeline(**sd_parts(), adapter=adapter())
+
+
+def sdxl_controlnet() -> Any:
+    from diffusers import StableDiffusionXLControlNetPipeline
+
+    parts = sdxl_parts()
+    return StableDiffusionXLControlNetPipeline(**parts, controlnet=controlnet(parts["unet"]))
+
+
+def sdxl_adapter() -> Any:
+    from diffusers import StableDiffusionXLAdapterPipeline
+
+    levels = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
+    parts = sdxl_parts() | {"unet": unet(cross_attention_dim=32, **levels, **XL)}
+    return StableDiffusionXLAdapterPipeline(**parts, adapter=adapter())
+
+
+def sd3_controlnet() -> Any:
+    from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
+
+    parts = sd3_parts()
+    of = SD3ControlNetModel.from_transformer(
+        parts["transformer"], num_layers=2, num_extra_conditioning_channels=0, load_weights_from_transformer=False
+    )
+    return StableDiffusion3ControlNetPipeline(**parts, controlnet=scramble(of))
+
+
+def flux_controlnet() -> Any:
+    from diffusers import FluxControlNetModel, FluxControlNetPipeline
+
+    parts = flux_parts()
+    of = FluxControlNetModel.from_transformer(
+        parts["transformer"],
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        load_weights_from_transformer=False,
+    )
+    return FluxControlNetPipeline(**parts, controlnet=scramble(of))
+
+
+def upscale() -> Any:
+    from diffusers import DDPMScheduler, StableDiffusionUpscalePipeline
+
+    return StableDiffusionUpscalePipeline(
+        vae=tiny_vae(),
+        text_encoder=clip_text(False),
+        tokenizer=words(),
+        unet=unet(in_channels=7, num_class_embeds=1000),
+        low_res_scheduler=DDPMScheduler(),
+        scheduler=ddim(),
+    )
+
+
+# --- HunyuanDiT, DiT, OmniGen --------------------------------------------------------------------------------------------
+
+
+def hunyuan_dit_parts() -> dict[str, Any]:
+    from diffusers import HunyuanDiT2DModel
+    from transformers import BertConfig, BertModel
+
+    bert = BertConfig(vocab_size=len(words()), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    transformer = HunyuanDiT2DModel(
+        sample_size=8,
+        num_layers=4,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        hidden_size=16,
+        in_channels=4,
+        cross_attention_dim=16,
+        cross_attention_dim_t5=32,
+        pooled_projection_dim=16,
+        text_len=77,
+        text_len_t5=256,
+    )
+    return {
+        "vae": vae(),
+        "text_encoder": scramble(BertModel(bert)),
+        "tokenizer": words(),
+        "text_encoder_2": t5(),
+        "tokenizer_2": words(),
+        "transformer": scramble(transformer),
+        "scheduler": ddim(),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+def hunyuan_dit() -> Any:
+    from diffusers import HunyuanDiTPipeline
+
+    return HunyuanDiTPipeline(**hunyuan_dit_parts())
+
+
+def hunyuan_dit_pag() -> Any:
+    from diffusers import HunyuanDiTPAGPipeline
+
+    return HunyuanDiTPAGPipeline(**hunyuan_dit_parts(), pag_applied_layers=["1"])
+
+
+def hunyuan_dit_controlnet() -> Any:
+    from diffusers import HunyuanDiT2DControlNetModel, HunyuanDiTControlNetPipeline
+
+    parts = hunyuan_dit_parts()
+    of = HunyuanDiT2DControlNetModel.from_transformer(
+        parts["transformer"], transformer_num_layers=4, load_weights_from_transformer=False
+    )
+    return HunyuanDiTControlNetPipeline(**parts, controlnet=scramble(of))
+
+
+def dit() -> Any:
+    from diffusers import DiTPipeline, DiTTransformer2DModel
+
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=16,
+        num_embeds_ada_norm=1000,  # the empty class is number 1000
+        norm_num_groups=1,
+    )
+    return DiTPipeline(scramble(transformer), tiny_vae(), ddim())
+
+
+def omnigen() -> Any:
+    from diffusers import OmniGenPipeline, OmniGenTransformer2DModel
+
+    transformer = OmniGenTransformer2DModel(
+        in_channels=4,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        num_layers=2,
+        pad_token_id=0,
+        vocab_size=len(chat_words()),
+        time_step_dim=16,
+        rope_scaling={"long_factor": [1.0] * 4, "short_factor": [1.0] * 4},
+    )
+    return OmniGenPipeline(scramble(transformer), flow(invert_sigmas=True, num_train_timesteps=1), vae(), chat_words())
+
+
+# --- with a prior, or in pixels ------------------------------------------------------------------------------------------
+
+
+def prior_parts() -> dict[str, Any]:
+    """What makes image embeddings, 16 wide, of captions."""
+    from diffusers import PriorTransformer, UnCLIPScheduler
+
+    prior = PriorTransformer(num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=16)
+    scheduler = UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=10.0)
+    return {"prior": scramble(prior), "text_encoder": clip_text(True, 16), "tokenizer": words(), "scheduler": scheduler}
+
+
+def stable_unclip() -> Any:
+    from diffusers import DDPMScheduler, StableUnCLIPPipeline
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+
+    prior, parts = prior_parts(), sd_parts()
+    return StableUnCLIPPipeline(
+        prior=prior["prior"],
+        prior_text_encoder=prior["text_encoder"],
+        prior_tokenizer=prior["tokenizer"],
+        prior_scheduler=prior["scheduler"],
+        image_normalizer=StableUnCLIPImageNormalizer(embedding_dim=16),
+        image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        unet=unet(class_embed_type="projection", projection_class_embeddings_input_dim=32),
+        **{part: parts[part] for part in ("vae", "text_encoder", "tokenizer", "scheduler")},
+    )
+
+
+def kandinsky_prior() -> dict[str, Any]:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        projection_dim=16,
+        image_size=32,
+        patch_size=16,
+    )
+    encoder = scramble(CLIPVisionModelWithProjection(vision))
+    return prior_parts() | {"image_encoder": encoder, "image_processor": CLIPImageProcessor(size=32, crop_size=32)}
+
+
+def movq() -> Any:
+    from diffusers import VQModel
+
+    made = VQModel(
+        block_out_channels=(32, 32),  # its norms have 32 groups
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        latent_channels=4,
+        norm_num_groups=4,
+        norm_type="spatial",
+        num_vq_embeddings=12,
+        vq_embed_dim=4,
+    )
+    return scramble(made)
+
+
+def kandinsky_unet(**options: Any) -> Any:
+    return unet(
+        out_channels=8,
+        layers_per_block=1,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        resnet_time_scale_shift="scale_shift",
+        encoder_hid_dim=16,
+        **options,
+    )
+
+
+def kandinsky_decoder() -> Any:
+    from diffusers import KandinskyPipeline
+    from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
+
+    config = MCLIPConfig(
+        numDims=16,
+        transformerDimensions=16,
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        vocab_size=len(words()),
+    )
+    return KandinskyPipeline(
+        text_encoder=scramble(MultilingualCLIP(config)),
+        tokenizer=words(),
+        unet=kandinsky_unet(addition_embed_type="text_image", encoder_hid_dim_type="text_image_proj"),
+        scheduler=ddim(),
+        movq=movq(),
+    )
+
+
+def kandinsky22_decoder() -> Any:
+    from diffusers import KandinskyV22Pipeline
+
+    of = kandinsky_unet(addition_embed_type="image", encoder_hid_dim_type="image_proj")
+    return KandinskyV22Pipeline(unet=of, scheduler=ddim(), movq=movq())
+
+
+def with_prior(combined: str, decoder: Any, prior: Mapping[str, Any]) -> Any:
+    import diffusers
+
+    return getattr(diffusers, combined)(**decoder.components, **{f"prior_{part}": prior[part] for part in prior})
+
+
+def kandinsky() -> Any:
+    return with_prior("KandinskyCombinedPipeline", kandinsky_decoder(), kandinsky_prior())
+
+
+def kandinsky22() -> Any:
+    return with_prior("KandinskyV22CombinedPipeline", kandinsky22_decoder(), kandinsky_prior())
+
+
+def kandinsky3() -> Any:
+    from diffusers import Kandinsky3Pipeline, Kandinsky3UNet
+
+    of = Kandinsky3UNet(
+        time_embedding_dim=8,
+        groups=2,
+        attention_head_dim=4,
+        layers_per_block=2,
+        block_out_channels=(8, 16),
+        cross_attention_dim=16,
+        encoder_hid_dim=32,
+    )
+    return Kandinsky3Pipeline(words(), t5(), scramble(of), ddim(), movq())
+
+
+def deepfloyd() -> Any:
+    from diffusers import DDPMScheduler, IFPipeline
+
+    of = unet(
+        in_channels=3,
+        out_channels=6,
+        layers_per_block=1,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        resnet_time_scale_shift="scale_shift",
+        addition_embed_type="text",
+        addition_embed_type_num_heads=2,
+        encoder_hid_dim=32,
+        act_fn="gelu",
+    )
+    return IFPipeline(
+        tokenizer=words(),
+        text_encoder=t5(),
+        unet=of,
+        scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range", prediction_type="epsilon"),
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        requires_safety_checker=False,
+    )
+
+
+def cascade_unet(**options: Any) -> Any:
+    from diffusers.models.unets import StableCascadeUNet
+
+    config: dict[str, Any] = {
+        "timestep_ratio_embedding_dim": 8,
+        "conditioning_dim": 16,
+        "block_out_channels": (8, 16),
+        "num_attention_heads": (2, 2),
+        "down_num_layers_per_block": (1, 2),
+        "up_num_layers_per_block": (2, 1),
+        "clip_text_pooled_in_channels": 16,
+    }
+    return scramble(StableCascadeUNet(**config | options))
+
+
+def cascade_decoder() -> Any:
+    from diffusers import DDPMWuerstchenScheduler, StableCascadeDecoderPipeline
+    from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
+
+    return StableCascadeDecoderPipeline(
+        decoder=cascade_unet(in_channels=4, out_channels=4, patch_size=2, effnet_in_channels=4),
+        tokenizer=words(),
+        text_encoder=clip_text(True, 16),
+        scheduler=DDPMWuerstchenScheduler(),
+        vqgan=scramble(PaellaVQModel(bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=8)),
+        latent_dim_scale=10.67,
+    )
+
+
+def cascade() -> Any:
+    from diffusers import DDPMWuerstchenScheduler
+
+    prior = {
+        "prior": cascade_unet(
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(16,),
+            num_attention_heads=(2,),
+            down_num_layers_per_block=(2,),
+            up_num_layers_per_block=(2,),
+            down_blocks_repeat_mappers=(1,),
+            up_blocks_repeat_mappers=(1,),
+            block_types_per_layer=(("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),),
+            clip_text_in_channels=16,
+            clip_image_in_channels=16,
+        ),
+        "text_encoder": clip_text(True, 16),
+        "tokenizer": words(),
+        "scheduler": DDPMWuerstchenScheduler(),
+        "image_encoder": None,
+        "feature_extractor": None,
+    }
+    return with_prior("StableCascadeCombinedPipeline", cascade_decoder(), prior)
+
+
 # --- the table -----------------------------------------------------------------------------------------------------------
 
 SMALL = {"height": 32, "width": 32, "num_inference_steps": 2}
+MIDDLE = SMALL | {"height": 64, "width": 64}
+LARGE = SMALL | {"height": 128, "width": 128}
 NO_BINS = {"use_resolution_binning": False}
 GUIDED = {"guidance_scale": 3.0}
 PAG = {"guidance_scale": 3.0, "pag_scale": 2.0}
@@ -323,4 +775,22 @@ PIPELINES = {
     "pixart": Tiny(pixart, SMALL | NO_BINS, GUIDED),
     "pixart_sigma": Tiny(pixart_sigma, SMALL | NO_BINS, GUIDED),
     "pixart_sigma_pag": Tiny(pixart_sigma_pag, SMALL | NO_BINS, PAG),
+    "sd_controlnet": Tiny(sd_controlnet, SMALL, GUIDED, pictures={"image": picture()}),
+    "sd_adapter": Tiny(sd_adapter, SMALL, GUIDED, pictures={"image": picture()}),
+    "sdxl_controlnet": Tiny(sdxl_controlnet, SMALL, GUIDED, pictures={"image": picture()}),
+    "sdxl_adapter": Tiny(sdxl_adapter, SMALL, GUIDED, pictures={"image": picture()}),
+    "sd3_controlnet": Tiny(sd3_controlnet, SMALL, GUIDED, pictures={"control_image": picture()}),
+    "flux_controlnet": Tiny(flux_controlnet, SMALL, GUIDED, "none", pictures={"control_image": picture()}),
+    "upscale": Tiny(upscale, {"num_inference_steps": 2}, GUIDED, pictures={"image": picture(16)}),
+    "hunyuan_dit": Tiny(hunyuan_dit, MIDDLE | NO_BINS, GUIDED),
+    "hunyuan_dit_pag": Tiny(hunyuan_dit_pag, MIDDLE | NO_BINS, PAG),
+    "hunyuan_dit_controlnet": Tiny(hunyuan_dit_controlnet, MIDDLE | NO_BINS, GUIDED, pictures={"control_image": picture(64)}),
+    "dit": Tiny(dit, {"num_inference_steps": 2}, GUIDED),
+    "omnigen": Tiny(omnigen, MIDDLE, GUIDED),
+    "stable_unclip": Tiny(stable_unclip, SMALL | {"prior_num_inference_steps": 2}, GUIDED),
+    "kandinsky": Tiny(kandinsky, SMALL | {"prior_num_inference_steps": 2}, GUIDED),
+    "kandinsky22": Tiny(kandinsky22, SMALL | {"prior_num_inference_steps": 2}, GUIDED),
+    "kandinsky3": Tiny(kandinsky3, SMALL, GUIDED),
+    "deepfloyd": Tiny(deepfloyd, SMALL, GUIDED),
+    "cascade": Tiny(cascade, LARGE | {"prior_num_inference_steps": 2}, {"decoder_guidance_scale": 3.0}),
 }
