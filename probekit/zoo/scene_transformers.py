@@ -117,7 +117,7 @@ class _LastTokenRepeated:
     ) -> tuple[Tensor, Tensor]:
         def heads(own: nn.Module, added: nn.Module) -> Tensor:
             joint = torch.cat([own(hidden_states), added(encoder_hidden_states)], dim=1)
-            return joint.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            return joint.view(len(joint), joint.shape[1], attn.heads, -1).transpose(1, 2)
 
         q, k, v = heads(attn.to_q, attn.add_q_proj), heads(attn.to_k, attn.add_k_proj), heads(attn.to_v, attn.add_v_proj)
         scores = q @ k.transpose(-1, -2) * attn.scale

@@ -33,7 +33,8 @@ def as_model(pipeline: Any, name: str) -> Model:
     and has layers, but has no spaces.
     """
     defaults: dict[str, Any] = {"guidance_scale": GUIDANCE[name]} if name in GUIDANCE else {}
-    side = hooks.denoiser(pipeline).config.get("sample_size")
+    config: Any = hooks.denoiser(pipeline).config
+    side = config.get("sample_size")
     binning = "use_resolution_binning" in inspect.signature(type(pipeline).__call__).parameters
     if binning and isinstance(side, int) and side * pipeline.vae_scale_factor < 256:
         defaults["use_resolution_binning"] = False  # to the published models' sizes; a smaller model is refused
