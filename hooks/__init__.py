@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from .captures import Captured, capture
     from .errors import ProbekitError
     from .injections import Context, Injection, Mean, Nothing, Operation, Row, Stored, add, blend, inject, replace
+    from .pictures import pictures, stack
     from .sites import bind
     from .steps import Steps, distinct_timesteps
-    from .sweeps import Swept, denoiser, stack, sweep
+    from .sweeps import TEXT_ENCODERS, Swept, denoiser, sweep, text_layers
     from .tracing import layer, trace
 
 _MODULES = {
@@ -60,8 +61,9 @@ _MODULES = {
         "select",
     ),
     "sites": ("bind",),
+    "pictures": ("pictures", "stack"),
     "steps": ("Steps", "distinct_timesteps"),
-    "sweeps": ("Swept", "denoiser", "stack", "sweep"),
+    "sweeps": ("TEXT_ENCODERS", "Swept", "denoiser", "sweep", "text_layers"),
     "tracing": ("layer", "trace"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
@@ -69,6 +71,7 @@ __all__ = [
     "BLOCKS",
     "DENOISERS",
     "GROUPS",
+    "TEXT_ENCODERS",
     "Block",
     "Captured",
     "Context",
@@ -95,10 +98,12 @@ __all__ = [
     "layer",
     "layers",
     "output_shapes",
+    "pictures",
     "replace",
     "select",
     "stack",
     "sweep",
+    "text_layers",
     "trace",
 ]
 

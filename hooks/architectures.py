@@ -45,6 +45,7 @@ Kind = Literal[
     "query",
     "key",
     "value",
+    "text",
 ]
 
 GROUPS: dict[str, tuple[Kind, ...]] = {
@@ -60,9 +61,10 @@ GROUPS: dict[str, tuple[Kind, ...]] = {
     "@cross-attention": ("cross-attention",),
     "@joint-attention": ("joint-attention",),
     "@feed-forward": ("feed-forward",),
+    "@text-encoder": ("text",),
 }
 """Names that select layers by kind; `@all` are all but what lies inside others."""
-_INSIDE = get_args(Kind)[7:]
+_INSIDE = get_args(Kind)[7:-1]
 
 
 @dataclass(frozen=True)
@@ -791,26 +793,21 @@ _TEXT_STACKS = (
     "layers",
 )
 """Where the text encoders of transformers hold their blocks: CLIP, T5, and language models."""
-_TEXT_PARTS: dict[str, Kind] = {
-    "self_attn": "self-attention",
-    "layer.0.SelfAttention": "self-attention",
-    "mlp": "feed-forward",
-    "layer.1.DenseReluDense": "feed-forward",
-}
+_TEXT_PARTS = ("self_attn", "layer.0.SelfAttention", "mlp", "layer.1.DenseReluDense")
+"""Their attentions, which return what they looked at beside, and their feed-forwards."""
 
 
 def _text_encoder(model: nn.Module, stack: str) -> Iterator[_Found]:
     """The blocks of a text encoder, with their attentions and feed-forwards; what they return first is the text."""
     for i, block in enumerate(_stack(model, stack)):
         name = f"{stack}.{i}"
-        for part, kind in _TEXT_PARTS.items():
+        for part in _TEXT_PARTS:
             if any(path == part for path, _ in block.named_modules()):
-                first = () if kind == "feed-forward" else (0,)
-                stream = Stream((Site(f"{name}.{part}", first),), bypass=(None,))
-                yield _Found(f"{name}.{part}", kind, {"text": stream}, name)
+                path = (0,) if part.lower().endswith(("attn", "attention")) else ()
+                yield _Found(f"{name}.{part}", "text", {"text": Stream((Site(f"{name}.{part}", path),), bypass=(None,))}, name)
         site = Site(name, (0,) if type(block).__name__ == "T5Block" else ())
         bypass = (Site(name, ("hidden_states",), "input"),)
-        yield _Found(name, "block", {"text": Stream((site,), bypass=bypass)})
+        yield _Found(name, "text", {"text": Stream((site,), bypass=bypass)})
 
 
 # --- flow ----------------------------------------------------------------------------------------------------------------

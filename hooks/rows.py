@@ -58,7 +58,7 @@ def _watched(model: nn.Module, rules: Rules) -> bool:
 
 @dataclass(frozen=True)
 class _Event:
-    """A write of one row's values after a unit. whole: nothing of them stays. sources: rows it reads. bypass: it hands on its input."""
+    """A write of a row after a unit. whole: nothing of its own stays. sources: rows it reads. bypass: it hands on its input."""
 
     row: int
     values: tuple[str, ...]

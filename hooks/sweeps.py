@@ -1,34 +1,68 @@
-"""The sweep: one edit image E and many copies of an original O in one batch, each copy injected by its own rule."""
+"""The sweep: edit images E and many copies of an original O in one batch, each copy injected by its own rule."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .architectures import Layer, layers
 from .errors import ProbekitError
 from .injections import Injection, inject
+from .pictures import pictures
 from .rows import needed
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+"""The components whose layers are named with the component's name before them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Swept:
-    """edit: the picture of E; images: the injected picture of every rule, in order. Values as the pipeline gives them."""
+    """edit: the picture of E; others: those of other donors; images: of every rule, in order. Values in [0, 1], on the CPU."""
 
     edit: Float[Tensor, "c h w"]
+    others: Float[Tensor, "others c h w"]
     images: Float[Tensor, "rules c h w"]
 
 
 def denoiser(pipeline: Any) -> nn.Module:
     """The U-Net or transformer of a diffusers pipeline. Raises ProbekitError when it has neither."""
-    for name in ("unet", "transformer"):
+    for name in ("unet", "transformer", "decoder"):  # Stable Cascade's decoder is a U-Net
         if isinstance(found := getattr(pipeline, name, None), nn.Module):
             return found
     raise ProbekitError(f"{type(pipeline).__name__} has neither a unet nor a transformer")
+
+
+def text_layers(pipeline: Any) -> list[Layer]:
+    """The layers of a pipeline's text encoders, `text_encoder.encoder.layers.3`, in execution order; orders are below zero.
+
+    A component whose blocks are not known has none.
+    """
+    found: list[Layer] = []
+    for name in TEXT_ENCODERS:
+        if isinstance(encoder := getattr(pipeline, name, None), nn.Module):
+            with contextlib.suppress(ProbekitError):
+                for layer in layers(encoder):
+                    inside = layer.inside and f"{name}.{layer.inside}"
+                    found.append(replace(layer, name=f"{name}.{layer.name}", inside=inside))
+    whole = sum(layer.inside is None for layer in found)
+    return [replace(layer, order=order - whole) for layer, order in zip(found, _orders(found), strict=True)]
+
+
+def _orders(found: Sequence[Layer]) -> list[float]:
+    """The orders of the layers of several encoders, one after the other."""
+    orders, before = [], 0
+    for i, layer in enumerate(found):
+        if i and layer.order < found[i - 1].order:
+            before += int(found[i - 1].order) + 1
+        orders.append(before + layer.order)
+    return orders
 
 
 def sweep(
@@ -37,64 +71,85 @@ def sweep(
     original: Mapping[str, Any],
     edit: Mapping[str, Any],
     rules: Sequence[Sequence[Injection]],
+    others: Sequence[Mapping[str, Any]] = (),
     batch_size: int | None = None,
     on_batch: Callable[[int], None] = lambda rules: None,
     **options: Any,
 ) -> Swept:
-    """Run a diffusers pipeline once over rows [E, O, O, …], row k + 1 injected by `rules[k]`, whose source row 0 is E.
+    """Run a diffusers pipeline over rows [E, *others, O, O, …], a copy of O for each of `rules`, injected by it.
 
-    original, edit: what is particular to a row, as arguments of the pipeline: a prompt, embeddings with a leading dimension
-        of 1, a `generator` (copied for every row, so that each sees the same noise).
-    rules: the injections of each copy of O; an empty rule gives O itself.
-    batch_size: rows at a time, E included (default: all). Every batch makes E anew; the result is the same up to the
-        rounding of differently shaped batches.
+    What is overwritten, read by nobody or the same in several rows is computed once or not at all (`rows.needed`).
+
+    original, edit, others: what is particular to a row, as arguments of the pipeline: a prompt, embeddings with a leading
+        dimension of 1, a `generator` (copied for every row, so that each sees the same noise).
+    rules: the injections of each copy of O, whose source row 0 is E and row k the k-th of `others`; an empty rule gives O
+        itself. Layers of text encoders (`text_layers`) can be injected where rows are prompts, not embeddings.
+    batch_size: rows at a time, E and the others included (default: all). Every batch makes E anew; the result is the same up
+        to the rounding of differently shaped batches. Where memory does not suffice for it, half of it is taken.
     on_batch: called after every batch with the number of rules it finished.
     options: what all rows share (`num_inference_steps`, `guidance_scale`, …).
     """
-    size = len(rules) + 1 if batch_size is None else batch_size
-    if size < 2:
-        raise ProbekitError(f"batch size {size}: a sweep needs at least 2 rows, E and one copy of O")
-    picture_of_e: Tensor | None = None
+    donors = [edit, *others]
+    size = len(rules) + len(donors) if batch_size is None else batch_size
+    if size <= len(donors):
+        raise ProbekitError(f"batch size {size}: a sweep needs at least {len(donors) + 1} rows, the donors and one copy of O")
+    of_donors: Tensor | None = None
     images: list[Tensor] = []
-    for start in range(0, max(len(rules), 1), size - 1):
-        part = rules[start : start + size - 1]
-        rows = [edit, *[original] * len(part)]
-        numbered = {row: injections for row, injections in enumerate(part, start=1) if injections}
-        model = denoiser(pipeline)
-        with (
-            inject(model, numbered, schedule=pipeline.scheduler, rows=len(rows)) as clock,
-            needed(model, numbered, clock),
-            torch.no_grad(),
-        ):
-            made = pipeline(**stack(rows), **options, output_type="pt").images
-        picture_of_e = made[0] if picture_of_e is None else picture_of_e
-        images += list(made[1:])
+    while of_donors is None or len(images) < len(rules):
+        part = rules[len(images) : len(images) + size - len(donors)]
+        try:
+            made = _batch(pipeline, [*donors, *[original] * len(part)], part, len(donors), options)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_full(error):
+                raise
+            if len(part) < 2:
+                raise ProbekitError(
+                    f"batch size {size}: memory does not suffice for {len(donors) + len(part)} rows; half precision (dtype) "
+                    "or offloading need less"
+                ) from error
+            size = len(donors) + len(part) // 2
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            continue
+        of_donors = made[: len(donors)] if of_donors is None else of_donors
+        images += list(made[len(donors) :])
         on_batch(len(part))
-    assert picture_of_e is not None
-    return Swept(picture_of_e, torch.stack(images) if images else picture_of_e.new_zeros(0, *picture_of_e.shape))
+    edit_image, rest = of_donors[0], of_donors[1:]
+    return Swept(edit_image, rest, torch.stack(images) if images else edit_image.new_zeros(0, *edit_image.shape))
 
 
-def stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The rows' arguments as one batch: tensors joined along their first dimension, everything else listed."""
-    stacked: dict[str, Any] = {}
-    for row in rows[1:]:
-        if differ := sorted(set(row) ^ set(rows[0])):
-            raise ProbekitError(f"original and edit must have the same arguments: only one of them has {', '.join(differ)}")
-    for key in rows[0]:
-        values = [row[key] for row in rows]
-        if isinstance(values[0], Tensor):
-            shapes = {tuple(v.shape[1:]) for v in values}
-            if len(shapes) > 1:
-                raise ProbekitError(f"{key} of original and edit differ in shape: {' and '.join(map(str, sorted(shapes)))}")
-            stacked[key] = torch.cat(values)
-        elif isinstance(values[0], torch.Generator):
-            stacked[key] = [_copy(generator) for generator in values]
-        else:
-            stacked[key] = values
-    return stacked
+def _batch(
+    pipeline: Any,
+    rows: Sequence[Mapping[str, Any]],
+    rules: Sequence[Sequence[Injection]],
+    first: int,
+    options: Mapping[str, Any],
+) -> Tensor:
+    """Pictures of rows, of which those from number `first` are injected by the rules."""
+    numbered = {row: injections for row, injections in enumerate(rules, start=first) if injections}
+    of_text: dict[str, dict[int, list[Injection]]] = {}
+    of_image: dict[int, list[Injection]] = {}
+    for row, injections in numbered.items():
+        for injection in injections:
+            component, _, name = injection.layer.partition(".")
+            if component in TEXT_ENCODERS:
+                if "prompt" not in rows[0]:
+                    raise ProbekitError(
+                        f"layer {injection.layer}: rows are embeddings, which no text encoder runs on; give prompts"
+                    )
+                of_text.setdefault(component, {}).setdefault(row, []).append(replace(injection, layer=name))
+            else:
+                of_image.setdefault(row, []).append(injection)
+    model = denoiser(pipeline)
+    with contextlib.ExitStack() as hooked:
+        for component, its in of_text.items():
+            hooked.enter_context(inject(getattr(pipeline, component), its, rows=len(rows)))
+        clock = hooked.enter_context(inject(model, of_image, schedule=pipeline.scheduler, rows=len(rows)))
+        hooked.enter_context(needed(model, of_image, clock))
+        return pictures(pipeline, rows, **options)
 
 
-def _copy(generator: torch.Generator) -> torch.Generator:
-    twin = torch.Generator(generator.device)
-    twin.set_state(generator.get_state())
-    return twin
+def _is_full(error: BaseException) -> bool:
+    """Whether memory did not suffice; on the CPU torch says so in a RuntimeError."""
+    return not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -45,7 +45,8 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def test_injecting_e_into_itself_gives_e_at_every_layer_and_stream(case: Case) -> None:
-    swept = case.sweep([[Injection(la.name, stream=s)] for la in case.layers for s in la.streams], itself=True)
+    layers = [la for i, la in enumerate(case.layers) if la.inside is None or i % 7 == 0]  # test_architectures sees them all
+    swept = case.sweep([[Injection(la.name, stream=s)] for la in layers for s in la.streams], itself=True)
     assert all(torch.equal(image, swept.edit) for image in swept.images)
 
 
@@ -62,7 +63,7 @@ def test_an_empty_rule_is_the_pipeline_untouched(case: Case) -> None:
 
 
 def test_the_result_does_not_depend_on_the_batch_size(case: Case) -> None:
-    rules = [[], *([Injection(la.name)] for la in case.layers)]
+    rules = [[], *([Injection(la.name)] for la in case.layers if la.inside is None)]
     whole, parts = case.sweep(rules), case.sweep(rules, batch_size=4)
     assert torch.allclose(whole.images, parts.images, atol=1e-5)
 

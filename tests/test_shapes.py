@@ -61,7 +61,7 @@ def test_a_wrong_shape_is_refused_in_functions_methods_and_data_classes() -> Non
     with pytest.raises(TypeCheckError, match="parameter 'x'"):
         ActNorm(3).forward(pictures[0])
     with pytest.raises(TypeCheckError, match="parameter 'images'"):
-        hooks.Swept(edit=pictures[0], images=pictures[:, :1])
+        hooks.Swept(edit=pictures[0], others=pictures, images=pictures[:, :1])
 
 
 def test_a_wrong_kind_of_array_is_refused_and_each_of_several_is_taken() -> None:

@@ -131,7 +131,7 @@ class Painter:
         encoding = {option: value for option, value in told.items() if option in self._of_encoding}
         start: dict[str, Any] = {"latents": noise} if isinstance(noise, Tensor) else {}
         # noise is drawn on the CPU, so that a number means the same noise on every device
-        start["generator"] = seeds.numbered(seed, 0 if start else noise)
+        start["generator"] = seeds.numbered(seed, 0 if isinstance(noise, Tensor) else noise)
         return self.embedded(prompt, **encoding) | {k: v for k, v in told.items() if k not in encoding} | start
 
     def paint(self, rows: Sequence[Mapping[str, Any]], **options: Any) -> Float[Tensor, "n 3 h w"]:
@@ -163,7 +163,14 @@ class Painter:
     ) -> hooks.Swept:
         """`hooks.sweep` over pairs (prompt, noise as of `row`), with images in [-1, 1]; options are its and the pipeline's."""
         told, shared = self._split(options)
-        o, e, *more = (self.row(*pair, seed, **told) for pair in (original, edit, *others))
+        pairs = (original, edit, *others)
+        rows = [self.row(*pair, seed, **told) for pair in pairs]
+        if any(injection.layer.split(".")[0] in hooks.TEXT_ENCODERS for rule in rules for injection in rule):
+            # captions are read anew, by encoders whose layers are injected
+            embedded = self.embedded(original[0]).keys()
+            rows = [{k: v for k, v in row.items() if k not in embedded} for row in rows]
+            rows = [row | {"prompt": prompt} for row, (prompt, _) in zip(rows, pairs, strict=True)]
+        o, e, *more = rows
         self._check_pictures(o)
         swept = hooks.sweep(self.pipeline, original=o, edit=e, rules=rules, others=more, **shared)
         return hooks.Swept(swept.edit * 2 - 1, swept.others * 2 - 1, swept.images * 2 - 1)

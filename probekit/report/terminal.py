@@ -41,15 +41,19 @@ def print_table(told: findings.Table) -> None:
 
 def print_layers(model: Model, layers: Sequence[hooks.Layer]) -> None:
     """A table of a denoiser's layers; output shapes are those of one picture, read off one call of the denoiser."""
-    shapes = hooks.output_shapes(model.denoiser, layers, model.denoise_once)
-    modules = dict(model.denoiser.named_modules())
+    of_text = [la for la in layers if la.name.split(".")[0] in hooks.TEXT_ENCODERS]
+    shapes = hooks.output_shapes(model.denoiser, [la for la in layers if la not in of_text], model.denoise_once)
+    parts = {name: getattr(model.pipeline, name) for name in {la.name.split(".")[0] for la in of_text}}
+    modules = {f"{part}.{name}": module for part, whole in parts.items() for name, module in whole.named_modules()}
+    modules |= dict(model.denoiser.named_modules())
     table = Table(title=f"{model.name}: {type(model.denoiser).__name__}", title_justify="left")
     for heading in ("order", "layer", "type", "streams", "output", "parameters"):
         table.add_column(heading, justify="right" if heading in ("order", "parameters") else "left", no_wrap=True)
     for la in layers:
-        count = sum(p.numel() for p in modules[la.name].parameters())
-        shape = "x".join(map(str, shapes[la.name][1:]))
-        table.add_row(str(la.order), la.name, la.kind, ", ".join(la.streams), shape, f"{count:,}")
+        module = modules.get(la.name)  # chosen heads are no module
+        count = "" if module is None else f"{sum(p.numel() for p in module.parameters()):,}"
+        shape = "x".join(map(str, shapes.get(la.name, ())[1:]))
+        table.add_row(f"{la.order:.4g}", la.name, la.kind, ", ".join(la.streams), shape, count)
     console().print(table)
 
 
