@@ -29,7 +29,7 @@ def pictures(pipeline: Any, rows: Sequence[Mapping[str, Any]], **options: Any) -
     if (images := options.get("num_images_per_prompt", 1)) != 1:
         raise ProbekitError(f"num_images_per_prompt {images}: a row is one picture; give as many rows")
     call = stack(rows)
-    with _own_noise(pipeline.scheduler, call.get("generator")), torch.no_grad():
+    with _by_row(pipeline, call.get("generator")), torch.no_grad():
         made = np.asarray(pipeline(**call, **options, output_type="np")[0])
     if made.ndim != 4 or len(made) != len(rows):
         raise ProbekitError(
@@ -69,15 +69,29 @@ def _copy(generator: torch.Generator) -> torch.Generator:
 
 
 @contextlib.contextmanager
-def _own_noise(scheduler: Any, generators: Sequence[torch.Generator] | None) -> Iterator[None]:
-    """What the scheduler draws in its steps is drawn from each row's generator.
+def _by_row(pipeline: Any, generators: Sequence[torch.Generator] | None) -> Iterator[None]:
+    """What pipelines do for a batch as a whole, or by the clock, is done for each row, so that equal rows stay equal.
 
-    Pipelines of flow models do not hand theirs on, and DPM-Solver SDE and its like have a Brownian path of their own, seeded by
-    the clock: rows that start from the same noise would not go the same way.
+    The noise of a scheduler's steps: pipelines of flow models do not hand generators on, and DPM-Solver SDE has a Brownian path
+    of its own. The codes of control pictures: ControlNets of SD3 and HunyuanDiT sample them. The time: under guidance PRX's
+    pipeline tells two of them, whatever the batch.
     """
-    if generators is None:
+    with contextlib.ExitStack() as undone:
+        if type(pipeline).__name__ == "PRXPipeline":
+            undone.callback(pipeline.transformer.register_forward_pre_hook(_a_time_a_row, with_kwargs=True).remove)
+        if generators is not None:
+            _draw_steps(pipeline.scheduler, generators, undone)
+            if (vae := getattr(pipeline, "vae", None)) is not None:
+                _draw_codes(vae, generators, undone)
         yield
-        return
+
+
+def _a_time_a_row(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    rows, times = len(kwargs["hidden_states"]), kwargs["timestep"]
+    return args, kwargs | {"timestep": times.repeat_interleave(rows // len(times))}
+
+
+def _draw_steps(scheduler: Any, generators: Sequence[torch.Generator], undone: contextlib.ExitStack) -> None:
     step, signature = scheduler.step, inspect.signature(scheduler.step)
 
     @functools.wraps(step)
@@ -87,11 +101,30 @@ def _own_noise(scheduler: Any, generators: Sequence[torch.Generator] | None) -> 
             kwargs["generator"] = generators
         return step(*args, **kwargs)
 
-    with contextlib.ExitStack() as undone:
-        if "generator" in signature.parameters:
-            scheduler.step = told
-            undone.callback(delattr, scheduler, "step")
-        if hasattr(scheduler, "noise_sampler_seed"):
-            undone.callback(setattr, scheduler, "noise_sampler_seed", scheduler.noise_sampler_seed)
-            scheduler.noise_sampler_seed = [generator.initial_seed() for generator in generators]
-        yield
+    if "generator" in signature.parameters:
+        scheduler.step = told
+        undone.callback(delattr, scheduler, "step")
+    if hasattr(scheduler, "noise_sampler_seed"):
+        undone.callback(setattr, scheduler, "noise_sampler_seed", scheduler.noise_sampler_seed)
+        scheduler.noise_sampler_seed = [generator.initial_seed() for generator in generators]
+
+
+def _draw_codes(vae: Any, generators: Sequence[torch.Generator], undone: contextlib.ExitStack) -> None:
+    encode = vae.encode
+
+    @functools.wraps(encode)
+    def told(*args: Any, **kwargs: Any) -> Any:
+        made = encode(*args, **kwargs)
+        codes = getattr(made, "latent_dist", None)
+        if codes is not None and len(codes.parameters) % len(generators) == 0:
+            # guidance encodes each picture twice, and the picture's own noise must not depend on that
+            of_rows = [_copy(g) for _ in range(len(codes.parameters) // len(generators)) for g in generators]
+            codes.sample = functools.partial(_sample, codes.sample, of_rows)
+        return made
+
+    vae.encode = told
+    undone.callback(delattr, vae, "encode")
+
+
+def _sample(draw: Any, of_rows: list[torch.Generator], generator: Any = None) -> Tensor:
+    return draw(of_rows if generator is None else generator)

@@ -6,12 +6,13 @@ Each is built in code from a configuration, with text encoders and tokenizers, a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
+from probekit.hooks import stack
 from probekit.zoo.scene_clip import tokenizer
 from tests.conftest import scramble, tiny_vae
 
@@ -51,14 +52,23 @@ def row(name: str, caption: str, generator: torch.Generator) -> dict[str, Any]:
     return {**told, **PIPELINES[name].pictures, "generator": generator}
 
 
+def call(name: str, captions: Sequence[str], generators: Sequence[torch.Generator], **options: Any) -> dict[str, Any]:
+    """The whole call of that pipeline under guidance; options come last. Negative prompts stand in it once a caption."""
+    tiny = PIPELINES[name]
+    rows = [row(name, caption, generator) for caption, generator in zip(captions, generators, strict=True)]
+    shared = {**tiny.options, **tiny.guided, **options}
+    listed = {key: [value] * len(captions) for key, value in shared.items() if key == "negative_prompt"}
+    return {**stack(rows), **shared, **listed}
+
+
 # --- text ----------------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def words() -> Any:
+def words(length: int = 77) -> Any:
     """A CLIPTokenizer of scenes, which stands for those of T5, BERT and others, too."""
     made = tokenizer()
-    made.model_max_length = 77
+    made.model_max_length = length
     return made
 
 
@@ -68,7 +78,7 @@ def chat_words(pad: str = "right") -> Any:
 
     Words that no caption of a scene uses are all one token. pad: the side on which shorter captions are filled up.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     from probekit.data.scenes import all_scenes
@@ -77,6 +87,7 @@ def chat_words(pad: str = "right") -> Any:
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", "user", "system", "assistant", *spelled])}
     pieces = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     pieces.pre_tokenizer = pre_tokenizers.Whitespace()
+    pieces.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
     made = PreTrainedTokenizerFast(
         tokenizer_object=pieces,
         unk_token="<unk>",
@@ -93,7 +104,7 @@ def chat_words(pad: str = "right") -> Any:
     return made
 
 
-def clip_text(projection: bool, to: int = 8) -> Any:
+def clip_text(projection: bool, to: int = 8, length: int = 77) -> Any:
     """A CLIP text encoder, 16 wide, projecting or not at all."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -105,7 +116,7 @@ def clip_text(projection: bool, to: int = 8) -> Any:
         num_hidden_layers=2,
         num_attention_heads=2,
         projection_dim=to,
-        max_position_embeddings=77,
+        max_position_embeddings=length,
         eos_token_id=end,
         pad_token_id=end,
         bos_token_id=words().bos_token_id,
@@ -118,6 +129,23 @@ def t5(width: int = 32) -> Any:
 
     config = T5Config(vocab_size=len(words()), d_model=width, d_ff=32, d_kv=8, num_layers=2, num_heads=2)
     return scramble(T5EncoderModel(config))
+
+
+def language(width: int = 16, layers: int = 3, vocabulary: int | None = None, *, causal: bool = False) -> Any:
+    """A language model, which stands for Gemma, GLM, Llama, Mistral, Qwen and SmolLM."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+
+    config = Qwen3Config(
+        vocab_size=vocabulary or len(chat_words()),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        attn_implementation="eager",  # the only one that gives HiDream the attentions that it asks for
+    )
+    return scramble((Qwen3ForCausalLM if causal else Qwen3Model)(config))
 
 
 # --- Stable Diffusion ----------------------------------------------------------------------------------------------------
@@ -150,6 +178,15 @@ def vae(latent_channels: int = 4, **options: Any) -> Any:
         "scaling_factor": 0.5,
     }
     return scramble(AutoencoderKL(**config | options))
+
+
+def sharp(autoencoder: Any) -> Any:
+    """Codes without noise: some ControlNets sample those of their pictures by torch's global generator."""
+    channels = autoencoder.config.latent_channels
+    with torch.no_grad():
+        autoencoder.quant_conv.weight[channels:] = 0
+        autoencoder.quant_conv.bias[channels:] = -30
+    return autoencoder
 
 
 def unet(**options: Any) -> Any:
@@ -410,6 +447,7 @@ def sd3_controlnet() -> Any:
     from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
 
     parts = sd3_parts()
+    sharp(parts["vae"])
     of = SD3ControlNetModel.from_transformer(
         parts["transformer"], num_layers=2, num_extra_conditioning_channels=0, load_weights_from_transformer=False
     )
@@ -496,6 +534,7 @@ def hunyuan_dit_controlnet() -> Any:
     from diffusers import HunyuanDiT2DControlNetModel, HunyuanDiTControlNetPipeline
 
     parts = hunyuan_dit_parts()
+    sharp(parts["vae"])
     of = HunyuanDiT2DControlNetModel.from_transformer(
         parts["transformer"], transformer_num_layers=4, load_weights_from_transformer=False
     )
@@ -751,6 +790,423 @@ def cascade() -> Any:
     return with_prior("StableCascadeCombinedPipeline", cascade_decoder(), prior)
 
 
+# --- transformers that take a language model's text ----------------------------------------------------------------------
+
+
+def qwen_vae() -> Any:
+    from diffusers import AutoencoderKLQwenImage
+
+    config: dict[str, Any] = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    return scramble(AutoencoderKLQwenImage(**config, latents_mean=[0.0] * 4, latents_std=[1.0] * 4))
+
+
+def dc_vae() -> Any:
+    from diffusers import AutoencoderDC
+
+    made = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        downsample_block_type="Conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.5,
+    )
+    return scramble(made)
+
+
+STREAMS: dict[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "axes_dims_rope": (4, 6, 6),
+}
+"""Blocks of two streams, and then of one, as Flux's relatives have them."""
+
+
+def flux2() -> Any:
+    from diffusers import AutoencoderKLFlux2, Flux2Pipeline, Flux2Transformer2DModel
+
+    autoencoder = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    config = STREAMS | {"joint_attention_dim": 24, "axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 16}
+    return Flux2Pipeline(
+        scheduler=flow(),
+        vae=scramble(autoencoder),
+        text_encoder=language(8, 31),  # it takes the layers 10, 20 and 30
+        tokenizer=chat_words(),
+        transformer=scramble(Flux2Transformer2DModel(**config)),
+    )
+
+
+def chroma() -> Any:
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel
+
+    guidance = {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}
+    transformer = ChromaTransformer2DModel(**STREAMS | guidance | {"joint_attention_dim": 32})
+    return ChromaPipeline(flow(), tiny_vae(), t5(), words(), scramble(transformer))
+
+
+def ovis() -> Any:
+    from diffusers import OvisImagePipeline, OvisImageTransformer2DModel
+
+    transformer = OvisImageTransformer2DModel(**STREAMS, out_channels=16)
+    return OvisImagePipeline(flow(), tiny_vae(), language(), chat_words(), scramble(transformer))
+
+
+def bria() -> Any:
+    from diffusers import BriaPipeline, BriaTransformer2DModel
+
+    transformer = BriaTransformer2DModel(**STREAMS | {"joint_attention_dim": 32, "axes_dims_rope": [4, 6, 6]})
+    return BriaPipeline(scramble(transformer), flow(), tiny_vae(), t5(), words())
+
+
+def bria_fibo() -> Any:
+    from diffusers import AutoencoderKLWan, BriaFiboPipeline, BriaFiboTransformer2DModel
+
+    autoencoder = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, False, False, False],
+        latents_mean=[0.0] * 16,
+        latents_std=[1.0] * 16,
+    )
+    config = STREAMS | {"joint_attention_dim": 32, "text_encoder_dim": 16, "axes_dims_rope": [4, 6, 6]}
+    transformer = BriaFiboTransformer2DModel(**config)
+    text = language(layers=5, vocabulary=128_001, causal=True)  # an empty caption is token 128,000
+    return BriaFiboPipeline(scramble(transformer), flow(), scramble(autoencoder), text, chat_words())
+
+
+def qwen_image() -> Any:
+    from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+
+    config = {name: value for name, value in STREAMS.items() if name != "num_single_layers"}
+    transformer = QwenImageTransformer2DModel(**config | {"patch_size": 2, "out_channels": 4})
+    return QwenImagePipeline(flow(), qwen_vae(), language(), chat_words(), scramble(transformer))
+
+
+def krea2() -> Any:
+    from diffusers import Krea2Pipeline, Krea2Transformer2DModel
+    from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
+
+    text = Qwen3VLTextConfig(
+        vocab_size=len(chat_words()),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    )
+    transformer = Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=16,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return Krea2Pipeline(
+        flow(),
+        qwen_vae(),
+        scramble(Qwen3VLTextModel(text)),
+        chat_words(),
+        scramble(transformer),
+        text_encoder_select_layers=(1, 2),
+    )
+
+
+def hunyuan_image() -> Any:
+    from diffusers import AutoencoderKLHunyuanImage, HunyuanImagePipeline, HunyuanImageTransformer2DModel
+    from diffusers.guiders import AdaptiveProjectedMixGuidance
+    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+    autoencoder = AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(32, 32, 32),
+        layers_per_block=1,
+        spatial_compression_ratio=4,
+        sample_size=16,
+        scaling_factor=0.5,
+    )
+    transformer = HunyuanImageTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=2,
+        patch_size=(1, 1),
+        text_embed_dim=16,
+        text_embed_2_dim=32,
+        rope_axes_dim=(8, 8),
+    )
+    letters = T5Config(vocab_size=384, d_model=32, d_ff=32, d_kv=8, num_layers=1, num_heads=2)
+    pipeline = HunyuanImagePipeline(
+        scheduler=flow(),
+        vae=scramble(autoencoder),
+        text_encoder=language(),
+        tokenizer=chat_words(),
+        text_encoder_2=scramble(T5EncoderModel(letters)),
+        tokenizer_2=ByT5Tokenizer(),
+        transformer=scramble(transformer),
+        guider=AdaptiveProjectedMixGuidance(guidance_scale=3.0, adaptive_projected_guidance_start_step=1),
+    )
+    pipeline.tokenizer_max_length = 48  # instead of a thousand
+    return pipeline
+
+
+def kandinsky5() -> Any:
+    from diffusers import Kandinsky5T2IPipeline, Kandinsky5Transformer3DModel
+
+    transformer = Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        in_text_dim=16,
+        in_text_dim2=16,
+        time_dim=16,
+        out_visual_dim=4,
+        model_dim=16,
+        ff_dim=32,
+        num_text_blocks=2,
+        num_visual_blocks=2,
+        axes_dims=(2, 2, 4),
+    )
+    pipeline = Kandinsky5T2IPipeline(scramble(transformer), vae(), language(), chat_words(), clip_text(False), words(), flow())
+    pipeline.resolutions = [(64, 64)]  # of published models: a megapixel
+    return pipeline
+
+
+def cogview3() -> Any:
+    from diffusers import CogVideoXDDIMScheduler, CogView3PlusPipeline, CogView3PlusTransformer2DModel
+
+    transformer = CogView3PlusTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=32,
+        time_embed_dim=16,
+        condition_dim=4,
+        pos_embed_max_size=8,
+        sample_size=8,
+    )
+    return CogView3PlusPipeline(words(), t5(), vae(), scramble(transformer), CogVideoXDDIMScheduler())
+
+
+def cogview4() -> Any:
+    from diffusers import CogView4Pipeline, CogView4Transformer2DModel
+
+    transformer = CogView4Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=16,
+        time_embed_dim=16,
+        condition_dim=4,
+        pos_embed_max_size=8,
+        sample_size=8,
+        rope_axes_dim=(8, 8),
+    )
+    scheduler = flow(
+        base_shift=0.25, max_shift=0.75, base_image_seq_len=256, use_dynamic_shifting=True, time_shift_type="linear"
+    )
+    return CogView4Pipeline(chat_words("left"), language(), vae(), scramble(transformer), scheduler)
+
+
+def aura_flow() -> Any:
+    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel
+
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_mmdit_layers=2,
+        num_single_dit_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pos_embed_max_size=64,
+    )
+    return AuraFlowPipeline(words(), t5(), tiny_vae(), scramble(transformer), flow())
+
+
+def prx() -> Any:
+    from diffusers import PRXPipeline, PRXTransformer2DModel
+
+    transformer = PRXTransformer2DModel(
+        in_channels=4, context_in_dim=16, hidden_size=16, mlp_ratio=2.0, num_heads=2, depth=2, axes_dim=[4, 4]
+    )
+    pipeline = PRXPipeline(scramble(transformer), flow(), language(), chat_words(), vae(), default_sample_size=64)
+    pipeline.text_preprocessor.clean_text = str.strip  # its own is for what is found on the web, and needs ftfy
+    return pipeline
+
+
+def lumina() -> Any:
+    from diffusers import LuminaNextDiT2DModel, LuminaPipeline
+
+    transformer = LuminaNextDiT2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=16,
+        num_layers=2,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        cross_attention_dim=16,
+    )
+    return LuminaPipeline(scramble(transformer), flow(), vae(), language(), chat_words())
+
+
+def lumina2() -> Any:
+    from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
+
+    transformer = Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=16,
+        num_layers=2,
+        num_refiner_layers=2,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(300, 64, 64),
+        cap_feat_dim=16,
+    )
+    return Lumina2Pipeline(scramble(transformer), flow(), vae(), language(), chat_words())
+
+
+def sana_parts(**options: Any) -> dict[str, Any]:
+    from diffusers import SanaTransformer2DModel
+
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=16,
+        **options,
+    )
+    return {
+        "tokenizer": chat_words(),
+        "text_encoder": language(),
+        "vae": dc_vae(),
+        "transformer": scramble(transformer),
+        "scheduler": flow(),
+    }
+
+
+def sana() -> Any:
+    from diffusers import SanaPipeline
+
+    return SanaPipeline(**sana_parts())
+
+
+def sana_pag() -> Any:
+    from diffusers import SanaPAGPipeline
+
+    return SanaPAGPipeline(**sana_parts(), pag_applied_layers=["transformer_blocks.1"])
+
+
+def sana_sprint() -> Any:
+    from diffusers import SanaSprintPipeline, SCMScheduler
+
+    return SanaSprintPipeline(**sana_parts(guidance_embeds=True) | {"scheduler": SCMScheduler()})
+
+
+def hidream() -> Any:
+    from diffusers import HiDreamImagePipeline, HiDreamImageTransformer2DModel
+
+    transformer = HiDreamImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_channels=[32, 16],
+        text_emb_dim=16,
+        axes_dims_rope=(4, 2, 2),
+        max_resolution=(32, 32),
+        llama_layers=[0, 1, 2, 2],
+        force_inference_output=True,
+    )
+    pipeline = HiDreamImagePipeline(
+        flow(),
+        tiny_vae(),
+        clip_text(True, length=248),
+        words(248),
+        clip_text(True, length=248),
+        words(248),
+        t5(),
+        words(248),
+        language(causal=True),
+        chat_words(),
+        scramble(transformer),
+    )
+    pipeline.default_sample_size = 16  # every picture is made of that size, in its own proportions
+    return pipeline
+
+
+def z_image() -> Any:
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel
+
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=16,
+        n_layers=2,
+        n_refiner_layers=2,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 2, 2],
+        axes_lens=[1024, 64, 64],
+    )
+    return ZImagePipeline(flow(), vae(), language(), chat_words(), scramble(transformer))
+
+
 # --- the table -----------------------------------------------------------------------------------------------------------
 
 SMALL = {"height": 32, "width": 32, "num_inference_steps": 2}
@@ -793,4 +1249,24 @@ PIPELINES = {
     "kandinsky3": Tiny(kandinsky3, SMALL, GUIDED),
     "deepfloyd": Tiny(deepfloyd, SMALL, GUIDED),
     "cascade": Tiny(cascade, LARGE | {"prior_num_inference_steps": 2}, {"decoder_guidance_scale": 3.0}),
+    "flux2": Tiny(flux2, SMALL | {"text_encoder_out_layers": (1, 2, 3), "max_sequence_length": 48}, GUIDED, "none"),
+    "chroma": Tiny(chroma, SMALL | {"max_sequence_length": 48}, GUIDED | {"negative_prompt": "small"}, "two calls"),
+    "ovis": Tiny(ovis, SMALL, GUIDED, "two calls"),
+    "bria": Tiny(bria, SMALL, GUIDED),
+    "bria_fibo": Tiny(bria_fibo, MIDDLE, GUIDED),
+    "qwen_image": Tiny(qwen_image, MIDDLE, {"true_cfg_scale": 3.0, "negative_prompt": "small"}, "two calls"),
+    "krea2": Tiny(krea2, MIDDLE, GUIDED, "two calls"),
+    "hunyuan_image": Tiny(hunyuan_image, SMALL, {"negative_prompt": "small"}, "two calls"),
+    "kandinsky5": Tiny(kandinsky5, MIDDLE, GUIDED, "two calls"),
+    "cogview3": Tiny(cogview3, MIDDLE, GUIDED),
+    "cogview4": Tiny(cogview4, MIDDLE, GUIDED, "two calls"),
+    "aura_flow": Tiny(aura_flow, SMALL, GUIDED),
+    "prx": Tiny(prx, MIDDLE | NO_BINS, GUIDED),
+    "lumina": Tiny(lumina, MIDDLE, GUIDED),
+    "lumina2": Tiny(lumina2, MIDDLE, GUIDED, "two calls"),
+    "sana": Tiny(sana, SMALL | NO_BINS, GUIDED),
+    "sana_pag": Tiny(sana_pag, SMALL | NO_BINS, PAG),
+    "sana_sprint": Tiny(sana_sprint, SMALL | NO_BINS, GUIDED, "none"),
+    "hidream": Tiny(hidream, SMALL, GUIDED),
+    "z_image": Tiny(z_image, MIDDLE, GUIDED),
 }
