@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from probekit.experiments.dynamics_diffusion import DynamicsDiffusion as DynamicsDiffusion
     from probekit.experiments.dynamics_flow import DynamicsFlow as DynamicsFlow
+    from probekit.experiments.inject_calibrate import InjectCalibrate as InjectCalibrate
     from probekit.experiments.inject_sweep import InjectSweep as InjectSweep
     from probekit.experiments.invert_interpolate import InvertInterpolate as InvertInterpolate
     from probekit.experiments.invert_run import InvertRun as InvertRun
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 EXPERIMENTS = {
     "inject-sweep": "inject_sweep:InjectSweep",
+    "inject-calibrate": "inject_calibrate:InjectCalibrate",
     "stitch-run": "stitch_run:StitchRun",
     "stitch-edit": "stitch_edit:StitchEdit",
     "probe-run": "probe_run:ProbeRun",

@@ -21,10 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from probekit.data.scenes import COLOURS, FACTORS, KINDS, PLACES, SIZES, TEXTURES
 from probekit.zoo import mini_sd, scene_clip
@@ -136,26 +137,39 @@ def unet() -> UNet2DConditionModel:
         norm_num_groups=16,
     )
     with torch.no_grad():
-        for site in PLAN:
-            attention = denoiser.get_submodule(site)
-            for linear in (attention.to_k, attention.to_v):
-                linear.weight[:, ~read_by(site)] = 0
-            norm = denoiser.get_submodule(site.rpartition(".")[0]).norm2
+        for linear, reads in readers(denoiser):
+            linear.weight[:, ~reads] = 0
+        for norm in norms(denoiser):
             nn.init.zeros_(norm.weight).requires_grad_(False)
             nn.init.normal_(norm.bias)
     return denoiser
 
 
-def keep_planted(denoiser: nn.Module) -> Iterator[Any]:
+def readers(denoiser: nn.Module) -> Iterator[tuple[nn.Linear, Tensor]]:
+    """The maps to keys and to values of every cross-attention, and the dimensions that they may read."""
+    for site in PLAN:
+        for part in ("to_k", "to_v"):
+            linear = denoiser.get_submodule(f"{site}.{part}")
+            assert isinstance(linear, nn.Linear)
+            yield linear, read_by(site)
+
+
+def norms(denoiser: nn.Module) -> Iterator[nn.LayerNorm]:
+    """The norm before every cross-attention."""
+    for site in PLAN:
+        norm = denoiser.get_submodule(f"{site.rpartition('.')[0]}.norm2")
+        assert isinstance(norm, nn.LayerNorm)
+        yield norm
+
+
+def keep_planted(denoiser: nn.Module) -> Iterator[RemovableHandle]:
     """Hooks, to be removed after training, under which the zeros of keys and values stay zero.
 
     The dimensions that a cross-attention does not read are zeroed in its input, so their weights' gradients are exactly
     zero; AdamW, weight decay and averaging leave a zero with no gradient where it is.
     """
-    for site in PLAN:
-        attention, reads = denoiser.get_submodule(site), read_by(site)
-        for linear in (attention.to_k, attention.to_v):
-            yield linear.register_forward_pre_hook(lambda _, inputs, reads=reads: (inputs[0] * reads,))
+    for linear, reads in readers(denoiser):
+        yield linear.register_forward_pre_hook(lambda _, inputs, reads=reads: (inputs[0] * reads,))
 
 
 def train_and_save(folder: Path, checkpoints: Path, *, seed: int = 0, vae_folder: Path) -> None:
