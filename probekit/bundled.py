@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-PIPELINES = ("mini-sd",)
+PIPELINES = ("mini-sd", "planted-sd")
 """Bundled text-to-image pipelines."""
 
 MODELS = ("avatar-vae", "avatar-vqvae", "avatar-gan", "avatar-flow", "avatar-ddpm", "photo-ddpm", "mini-flow", "avatar-ldm")
 """Bundled models with latent spaces: of avatars, and one of photographs."""
 
-GUIDANCE = {"mini-sd": 3.0, "mini-sd3": 3.0, "mini-dit": 3.0}
+GUIDANCE = {"mini-sd": 3.0, "planted-sd": 3.0, "mini-sd3": 3.0, "mini-dit": 3.0}
 """The guidance scale at which a bundled pipeline was measured."""
 
 WEIGHTS = Path(__file__).parent / "zoo" / "weights"

@@ -59,6 +59,18 @@ def _transformer_recipe(name: str) -> Recipe:
     return Recipe(_TRANSFORMERS[name], train, evaluate)
 
 
+def _train_planted_sd(folder: Path, checkpoints: Path, seed: int) -> None:
+    from probekit.zoo import planted_sd
+
+    planted_sd.train_and_save(folder, checkpoints, seed=seed, vae_folder=weights("mini-sd") / "vae")
+
+
+def _evaluate_planted_sd(n: int, seed: int) -> list[Measured]:
+    from probekit.zoo import mini_sd
+
+    return mini_sd.evaluate("planted-sd", n, seed)
+
+
 def _family_recipe(name: str) -> Recipe:
     # the families' modules import diffusers, which a list of names can do without
     def train(folder: Path, checkpoints: Path, seed: int) -> None:
@@ -97,6 +109,11 @@ RECIPES: dict[str, Recipe] = {
         _evaluate_mini_sd,
     ),
     **{name: _transformer_recipe(name) for name in _TRANSFORMERS},
+    "planted-sd": Recipe(
+        "StableDiffusionPipeline of scenes whose cross-attentions each read the words of one factor, or none",
+        _train_planted_sd,
+        _evaluate_planted_sd,
+    ),
     "scene-reader": Recipe(
         "CNN that reads place, size, kind, colour, ground and texture off a scene",
         lambda folder, checkpoints, seed: scene_reader.train_and_save(folder, checkpoints, seed=seed),
