@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from probekit.experiments.inject_sweep import Pair, check_steps, make_windows, rows_at_a_time
+from probekit.experiments.inject_sweep import check_steps, make_windows, rows_at_a_time
 from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Bench, Experiment, Findings, Unit, Work, names
 
@@ -25,6 +25,18 @@ if TYPE_CHECKING:
 MODEL = "planted-sd"
 MEASURES = ("outputs", "text", "layers")
 """What is swapped: a cross-attention's output, the text that it is given, or the whole layer that it stands in."""
+
+
+@dataclass(frozen=True)
+class AttributePair:
+    """Captions that differ in one attribute, an unrelated donor for the null, and the number of the noise of all three."""
+
+    name: str
+    attribute: str
+    original: str
+    edit: str
+    unrelated: str
+    noise: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +56,7 @@ class InjectCalibrate(Experiment):
     steps: Annotated[str, typer.Option(help="Steps to inject at: all, 0-9, 0,3,5, 0%-50% or t1000-200.")] = "all"
     num_steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the noise and of the pairs.")] = 0
-    batch_size: Annotated[int | None, typer.Option(min=2, help="Rows at a time. [default: by the model's size]")] = field(
+    batch_size: Annotated[int | None, typer.Option(min=3, help="Rows at a time. [default: by the model's size]")] = field(
         default=None, compare=False
     )
 
@@ -84,7 +96,7 @@ class InjectCalibrate(Experiment):
         return hooks.select(self.loaded.layers, ["@cross-attention"])
 
     @functools.cached_property
-    def swept_pairs(self) -> list[Pair]:
+    def swept_pairs(self) -> list[AttributePair]:
         """The controlled pairs, `pairs` of each attribute."""
         from probekit.data.scenes import VALUES
 
@@ -116,40 +128,40 @@ class InjectCalibrate(Experiment):
 
         pair = next(pair for pair in self.swept_pairs if pair.name == unit.name)
         places = [(measure, site) for measure in self._measures for site in self._sites]
-        rules = [[self._injection(measure, site)] for measure, site in places]
+        rules = [[self._injection(*place, donor)] for donor in range(2) for place in places]
         painter, noise = self.loaded.painter, pair.noise
         call: dict[str, Any] = {
             "num_inference_steps": self.num_steps,
             "batch_size": self.batch_size or rows_at_a_time(self.loaded),
             "on_batch": bench.advance,
         }
-        swept = painter.sweep((pair.original, noise), (pair.edit, noise), [[], *rules], seed=self.seed, **call)
-        null = painter.sweep((pair.original, noise), (pair.unrelated, noise), rules, seed=self.seed, **call)
+        rows_of = [(caption, noise) for caption in (pair.original, pair.edit, pair.unrelated)]
+        swept = painter.sweep(rows_of[0], rows_of[1], [[], *rules], others=rows_of[2:], seed=self.seed, **call)
 
-        o, e = swept.images[0].cpu(), swept.edit.cpu()
-        injected = {"edit": swept.images[1:].cpu(), "unrelated": null.images.cpu()}
-        a, others = pair.factor, [other for other in VALUES if other != pair.factor]
+        (o, *made), e = swept.images.cpu(), swept.edit.cpu()
+        injected = {"edit": made[: len(places)], "unrelated": made[len(places) :]}
+        a, rest = pair.attribute, [other for other in VALUES if other != pair.attribute]
         of_o, of_e = _seen([o, e])
         wanted = getattr(Scene.parse(pair.edit), a)
         told = of_o[a] == getattr(Scene.parse(pair.original), a) and of_e[a] == wanted
         rows = []
         for donor, images in injected.items():
-            for (measure, site), seen in zip(places, _seen(list(images)), strict=True):
+            for (measure, site), seen in zip(places, _seen(images), strict=True):
                 at = {"pair": pair.name, "attribute": a, "noise": noise, "measure": measure}
                 at |= {"order": site.order, "site": site.name, "donor": donor, "read": seen[a]}
-                kept = sum(seen[other] == of_o[other] for other in others) / len(others)
+                kept = sum(seen[other] == of_o[other] for other in rest) / len(rest)
                 rows.append(at | {"transfer": float(seen[a] == wanted) if told else float("nan"), "kept": kept})
         pictures = {"O": o, "E": e}
         pictures |= {f"{m}_{site.name}": image for (m, site), image in zip(places, injected["edit"], strict=True)}
         return Work(rows, pictures)
 
-    def _injection(self, measure: str, site: hooks.Layer) -> hooks.Injection:
+    def _injection(self, measure: str, site: hooks.Layer, donor: int) -> hooks.Injection:
         from probekit import hooks
 
         if measure == "layers":
             assert site.inside is not None
-            return hooks.Injection(site.inside, steps=self._window)
-        return hooks.Injection(site.name, steps=self._window, stream="text" if measure == "text" else None)
+            return hooks.Injection(site.inside, hooks.Row(donor), self._window)
+        return hooks.Injection(site.name, hooks.Row(donor), self._window, stream="text" if measure == "text" else None)
 
     def findings(self, run: Run, rows: pd.DataFrame) -> Findings:
         """The roles found, and how they agree with the plan."""
@@ -158,7 +170,7 @@ class InjectCalibrate(Experiment):
         return findings(run, rows)
 
 
-def attribute_pairs(attribute: str, count: int, seed: int) -> list[Pair]:
+def attribute_pairs(attribute: str, count: int, seed: int) -> list[AttributePair]:
     """`count` pairs of scenes that differ in one attribute alone; the seed chooses them.
 
     The unrelated donor has E's value in nothing: its attributes are neither O's nor E's; its size, of which there are two, is
@@ -184,7 +196,7 @@ def attribute_pairs(attribute: str, count: int, seed: int) -> list[Pair]:
         while not _unrelated(unrelated, original, edit, attribute):
             unrelated = drawn()
         noise = number * 1009 + i
-        pairs.append(Pair(f"{attribute}-{i:02d}", attribute, original.caption, edit.caption, unrelated.caption, noise))
+        pairs.append(AttributePair(f"{attribute}-{i:02d}", attribute, original.caption, edit.caption, unrelated.caption, noise))
     return pairs
 
 
@@ -203,5 +215,5 @@ def _seen(images: Sequence[Tensor]) -> list[dict[str, str]]:
     from probekit.data.scenes import VALUES
     from probekit.metrics.readers import scene_reader
 
-    read = scene_reader().read(torch.stack(list(images)).float())
+    read = scene_reader().read(torch.stack(tuple(images)).float())
     return [{a: values[int(read[a][i])] for a, values in VALUES.items()} for i in range(len(images))]
