@@ -349,7 +349,7 @@ def flux() -> Any:
 def flux_kontext() -> Any:
     from diffusers import FluxKontextPipeline
 
-    return FluxKontextPipeline(**flux_parts())
+    return FluxKontextPipeline(**flux_parts() | {"vae": vae()})
 
 
 def pixart_parts() -> dict[str, Any]:
@@ -1227,7 +1227,7 @@ PIPELINES = {
     "sd3_pag": Tiny(sd3_pag, SMALL, PAG),
     "flux": Tiny(flux, SMALL, GUIDED, "none"),
     "flux_true": Tiny(flux, SMALL, TRUE, "two calls"),
-    "flux_kontext": Tiny(flux_kontext, SMALL | {"max_area": 32 * 32, "_auto_resize": False}, GUIDED, "none"),
+    "flux_kontext": Tiny(flux_kontext, MIDDLE | {"max_area": 64 * 64, "_auto_resize": False}, GUIDED, "none"),
     "pixart": Tiny(pixart, SMALL | NO_BINS, GUIDED),
     "pixart_sigma": Tiny(pixart_sigma, SMALL | NO_BINS, GUIDED),
     "pixart_sigma_pag": Tiny(pixart_sigma_pag, SMALL | NO_BINS, PAG),

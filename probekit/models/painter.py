@@ -164,16 +164,34 @@ class Painter:
         """`hooks.sweep` over pairs (prompt, noise as of `row`), with images in [-1, 1]; options are its and the pipeline's."""
         told, shared = self._split(options)
         pairs = (original, edit, *others)
-        rows = [self.row(*pair, seed, **told) for pair in pairs]
         if any(injection.layer.split(".")[0] in hooks.TEXT_ENCODERS for rule in rules for injection in rule):
             # captions are read anew, by encoders whose layers are injected
-            embedded = self.embedded(original[0]).keys()
-            rows = [{k: v for k, v in row.items() if k not in embedded} for row in rows]
-            rows = [row | {"prompt": prompt} for row, (prompt, _) in zip(rows, pairs, strict=True)]
+            rows, shared = self._read_anew(pairs, seed, told, shared)
+        else:
+            rows = [self.row(*pair, seed, **told) for pair in pairs]
         o, e, *more = rows
         self._check_pictures(o)
         swept = hooks.sweep(self.pipeline, original=o, edit=e, rules=rules, others=more, **shared)
         return hooks.Swept(swept.edit * 2 - 1, swept.others * 2 - 1, swept.images * 2 - 1)
+
+    def _read_anew(
+        self, pairs: Sequence[tuple[str, int | Tensor]], seed: int, told: Mapping[str, Any], shared: Mapping[str, Any]
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Rows whose captions are text, and what they share, such that the pipeline encodes them as `embedded` does."""
+        encoding = {key: value for key, value in told.items() if key in self._of_encoding and not _CAPTION.fullmatch(key)}
+        told = {key: value for key, value in told.items() if key not in encoding}
+        _, arguments = _ENCODERS.get(self._family, ((), {}))
+        shared = {key: value for key, value in arguments.items() if key in self._parameters} | {**shared, **encoding}
+        if shared.get("negative_prompt", "") is None:
+            del shared["negative_prompt"]  # the default that goes with embeddings
+        embeddings = self.embedded("").keys()
+        rows = [
+            {key: value for key, value in self.row("", noise, seed).items() if key not in embeddings}
+            | told
+            | {"prompt": prompt}
+            for prompt, noise in pairs
+        ]
+        return rows, shared
 
     def _split(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Options that are particular to a row, and those that all rows share, with the defaults."""
@@ -196,25 +214,41 @@ class Painter:
     def _needed(self) -> list[str]:
         return [name for name in _PICTURES if name in self._parameters and _OF_PICTURES.search(self.kind)]
 
-    def denoise_once(self) -> None:
-        """Call the denoiser on one picture, for what watches its layers; of the config's size, else the pipeline's own."""
-        from PIL import Image
-
-        config: Any = hooks.denoiser(self.pipeline).config
-        side, options = config.get("sample_size"), dict[str, Any]()
-        if isinstance(side, int):
-            side *= getattr(self.pipeline, "vae_scale_factor", 1)
-            options = {name: side for name in ("height", "width") if name in self._parameters}
+    @property
+    def native(self) -> dict[str, Any]:
+        """Options for pictures of exactly the size that the denoiser's config says, where it says one."""
+        side, options = self._side(), dict[str, Any]()
+        if side is not None:
+            options = {name: side * self._factor() for name in ("height", "width") if name in self._parameters}
         if "use_resolution_binning" in self._parameters:
             options["use_resolution_binning"] = False  # it would make one of the published models' sizes of it
+        return options
+
+    def denoise_once(self) -> None:
+        """Call the denoiser on one picture of its `native` size, else of the pipeline's own, for what watches its layers."""
+        from PIL import Image
+
+        side = self._side() or getattr(self.pipeline, "default_sample_size", 128)
         # an upscaler denoises codes that are as large as the picture which it is given
-        side = config.sample_size if "Upscale" in self.kind else side
+        side *= 1 if "Upscale" in self.kind else self._factor()
         blank = {name: Image.new("RGB", (side, side)) for name in self._needed()}
         told, shared = self._split(blank | {"num_inference_steps": 1})
         # what its codes are decoded to does not matter; Kandinsky 2.1 gives none undecoded
         made = "pt" if self.kind == "KandinskyCombinedPipeline" else "latent"
         with torch.no_grad():
-            self.pipeline(**hooks.stack([self.row("", 0, **told)]), **shared | options, output_type=made)
+            self.pipeline(**hooks.stack([self.row("", 0, **told)]), **self.native | shared, output_type=made)
+
+    def _side(self) -> int | None:
+        """The width of a square of codes, as the denoiser's config says it."""
+        config: Any = hooks.denoiser(self.pipeline).config
+        side = config.get("sample_size")
+        return side if isinstance(side, int) else None
+
+    def _factor(self) -> int:
+        """Pixels a cell of the codes; 1 where pictures themselves are denoised."""
+        movq = getattr(self.pipeline, "movq", None)
+        found = 1 if movq is None else 2 ** (len(movq.config.block_out_channels) - 1)
+        return getattr(self.pipeline, "vae_scale_factor", found)
 
     def check_guidance(self, guidance: float) -> None:
         """Raises ProbekitError for less than 1, which diffusers' pipelines take for none."""

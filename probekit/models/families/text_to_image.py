@@ -21,6 +21,18 @@ from probekit.models.painter import Painter
 from probekit.models.spaces import denoiser_spaces
 from probekit.sampling import Denoiser, Diffusion, denoisers
 
+_WITH_SPACES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
+    "PixArtAlphaPipeline",
+    "PixArtSigmaPipeline",
+    "HunyuanDiTPipeline",
+)
+"""Pipelines whose denoiser, told what `denoisers.captioned` tells it, samples what the pipeline paints. Others, those that add
+something to these (PAG, ControlNets) among them, paint and have layers, but have no spaces."""
+
 _DECODERS = ("KandinskyPipeline", "KandinskyV22Pipeline", "StableCascadeDecoderPipeline")
 """What makes pictures of image embeddings; a prior, a pipeline of its own, makes these of captions."""
 
@@ -29,8 +41,7 @@ def as_model(pipeline: Any, name: str) -> Model:
     """A diffusers text-to-image pipeline, with the spaces of a denoiser and those of captions.
 
     The spaces of noise and images are under the empty caption without guidance, `Model.conditioned` gives others; those of
-    captions are painted at the pipeline's own guidance scale. A pipeline whose VAE is none, or of a kind not known here, paints
-    and has layers, but has no spaces.
+    captions are painted at the pipeline's own guidance scale. Not every pipeline has spaces: `_WITH_SPACES`.
     """
     defaults: dict[str, Any] = {"guidance_scale": GUIDANCE[name]} if name in GUIDANCE else {}
     config: Any = hooks.denoiser(pipeline).config
@@ -68,7 +79,7 @@ def _under(condition: Condition, painter: Painter, network: nn.Module) -> Model:
 def _has_known_latents(painter: Painter) -> bool:
     """Whether the states are a KL VAE's codes times its scaling factor, square pictures of them or Flux's tokens."""
     vae = getattr(painter.pipeline, "vae", None)
-    if vae is None or not {"scaling_factor", "latent_channels"} <= vae.config.keys():
+    if painter.kind not in _WITH_SPACES or vae is None or not {"scaling_factor", "latent_channels"} <= vae.config.keys():
         return False
     config: Any = hooks.denoiser(painter.pipeline).config
     return painter.kind == "FluxPipeline" or isinstance(config.get("sample_size"), int)
@@ -96,7 +107,7 @@ def _diffusion(painter: Painter, condition: Condition) -> Diffusion:
             states = pipeline._unpack_latents(states, size, size, pipeline.vae_scale_factor)
         return vae.decode(states / scale + shift, return_dict=False)[0]
 
-    options = {key: value for key, value in painter.defaults.items() if key != "guidance_scale"}
+    options = painter.native | {key: value for key, value in painter.defaults.items() if key != "guidance_scale"}
 
     @functools.cache
     def predict(rows: int) -> Denoiser:
