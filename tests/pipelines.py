@@ -448,9 +448,7 @@ def sd3_controlnet() -> Any:
 
     parts = sd3_parts()
     sharp(parts["vae"])
-    of = SD3ControlNetModel.from_transformer(
-        parts["transformer"], num_layers=2, num_extra_conditioning_channels=0, load_weights_from_transformer=False
-    )
+    of = SD3ControlNetModel(**dict(parts["transformer"].config) | {"num_layers": 2})
     return StableDiffusion3ControlNetPipeline(**parts, controlnet=scramble(of))
 
 

@@ -135,6 +135,8 @@ def load_pipeline(path: str | Path, name: str, device: torch.device, dtype: str 
     try:
         index = DiffusionPipeline.load_config(str(path))
         chosen = hub.precision(dtype, device, transformer="transformer" in index)
+        if "PaellaVQModel" in index.get("vqgan", ()):
+            _find_paella()
         decodes = index["_class_name"] in _DECODERS
         if decodes:
             _check_prior(Path(path), index["_class_name"], name)
@@ -166,6 +168,15 @@ def _check_prior(folder: Path, kind: str, name: str) -> None:
             f"model {name!r}: a {kind} decodes the image embeddings of a prior; name its folder or hub id in {card}, between "
             f"lines of '---' as 'prior: [kandinsky-community/kandinsky-2-2-prior]', or give a pipeline saved with both"
         )
+
+
+def _find_paella() -> None:
+    """Where files name the class of Stable Cascade's autoencoder, diffusers has it no longer since 0.42: it is put there."""
+    import diffusers
+    from diffusers.pipelines.deprecated import wuerstchen
+
+    vars(diffusers.pipelines).setdefault("wuerstchen", wuerstchen)
+    vars(diffusers).setdefault("PaellaVQModel", wuerstchen.PaellaVQModel)
 
 
 def _not_there(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
