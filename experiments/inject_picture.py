@@ -25,13 +25,21 @@ class _Picture(Options):
 
     prompt_original: Annotated[str, typer.Option(help="The prompt of O, the picture that is changed.")]
     prompt_edit: Annotated[str, typer.Option(help="The prompt of E, the picture that layers are taken from.")]
+    image_original: Annotated[
+        Path | None, typer.Option(help="A picture for O, inverted under --prompt-original, its caption.")
+    ] = None
+    image_edit: Annotated[Path | None, typer.Option(help="A picture for E, inverted under --prompt-edit.")] = None
+    inversion: Annotated[
+        str | None, typer.Option(help="How pictures are inverted: fixed-point or plain. [default: fixed-point]")
+    ] = None
     layers: Annotated[list[str], typer.Option(help="Layer names, globs or groups such as @mid; repeat for more.")]
     model: Annotated[str, typer.Option(help="A bundled model, a local diffusers folder or a hub id.")] = "mini-sd"
     steps: Annotated[str, typer.Option(help="Steps to inject at: all, 0-9, 0,3,5, 0%-50% or t1000-200.")] = "all"
     stream: Annotated[str | None, typer.Option(help="main, skip, both, image or text. [default: the layer's own]")] = None
     num_steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20
     guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale. [default: 3 for mini-sd, else the pipeline's own]")
+        float | None,
+        typer.Option(help="Guidance scale. [default: 3 for mini-sd, else the pipeline's own; 1, none, with given pictures]"),
     ] = None
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the noise.")] = 0
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto"
@@ -40,12 +48,13 @@ class _Picture(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from probekit.experiments.inject_sweep import make_windows
+        from probekit.experiments.inject_sweep import check_inversion, make_windows
 
         if not self.layers:
             raise ProbekitError("--layers: name at least one")
         if Path(self.out).suffix.lower() != ".png":
             raise ProbekitError(f"--out {str(self.out)!r}: name a .png file")
+        check_inversion(self.inversion, bool(self.image_original or self.image_edit))
         make_windows(self.steps, self.num_steps, 1)  # refuses steps that are none
 
     def _write(self, operation: hooks.Operation) -> str:
@@ -53,26 +62,42 @@ class _Picture(Options):
         import torch
 
         from probekit import hooks
-        from probekit.experiments.inject_sweep import check_steps
+        from probekit.experiments.inject_sweep import OWN, Pair, check_steps, naming, starts_of
         from probekit.files import writing
         from probekit.images import save_png
         from probekit.models import load
+        from probekit.models.given import GUIDANCE, invertible, read
+        from probekit.report.injection import given
 
         out, when = Path(self.out), hooks.Steps.parse(self.steps)
         loaded = load(self.model, device=self.device, dtype=self.dtype)
+        images = [None if file is None else str(file) for file in (self.image_original, self.image_edit)]
+        pair = Pair(OWN, OWN, self.prompt_original, self.prompt_edit, "", 0, *images)
+        guidance = self.guidance
+        for side, (file, _) in pair.images.items():
+            with naming(f"--image-{side} {file!r}", file):
+                loaded = invertible(loaded)
+                read(file, loaded.diffusion.image_size)
+            guidance = GUIDANCE if guidance is None else guidance
         painter = loaded.painter
         chosen = hooks.select(loaded.layers, self.layers)
         rule = [hooks.Injection(la.name, steps=when, stream=self.stream, operation=operation) for la in chosen]
         options: dict[str, Any] = {"num_inference_steps": self.num_steps}
-        if self.guidance is not None:
-            options["guidance_scale"] = self.guidance
+        if guidance is not None:
+            options["guidance_scale"] = guidance
         check_steps(painter.pipeline, {self.steps: when}, self.num_steps)
-        original, edit = (self.prompt_original, 0), (self.prompt_edit, 0)
+        starts = starts_of(loaded, pair, seed=self.seed, steps=self.num_steps, guidance=guidance, method=self.inversion)
+        original, edit = (self.prompt_original, starts.original), (self.prompt_edit, starts.edit)
         swept = painter.sweep(original, edit, [[], rule], seed=self.seed, **options)
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             save_png(torch.cat([swept.images[0], swept.edit, swept.images[1]], dim=2), out)
-        return f"{', '.join(la.name for la in chosen)}\nO, E and the result: {out}"
+        errors = starts.errors({"original": swept.images[0], "edit": swept.edit})
+        lines = [", ".join(la.name for la in chosen), f"O, E and the result: {out}"]
+        if pair.images:
+            files = {side: file for side, (file, _) in pair.images.items()}
+            lines.append(given.says(given.made_again("the result", files, errors)))
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from probekit import hooks
     from probekit.metrics.descriptors import Descriptor
     from probekit.models import Model
+    from probekit.models.given import Given
     from probekit.models.painter import Painter
     from probekit.runs.folder import Run
 
@@ -39,7 +41,8 @@ _MOST = 2**32 - 1
 class Pair:
     """Two prompts, the factor they differ in, an unrelated donor for the null, and the number of the noise O is made from.
 
-    Of noise number n, the run's seed makes the same noise in every experiment (`seeds.numbered`).
+    Of noise number n, the run's seed makes the same noise in every experiment (`seeds.numbered`). image_original, image_edit:
+    files of given pictures, whose captions the prompts then are, and which start from what they are inverted to.
     """
 
     name: str
@@ -48,6 +51,14 @@ class Pair:
     edit: str
     unrelated: str
     noise: int
+    image_original: str | None = None
+    image_edit: str | None = None
+
+    @property
+    def images(self) -> dict[str, tuple[str, str]]:
+        """The given pictures' files and captions, by `original` and `edit`."""
+        both = {"original": (self.image_original, self.original), "edit": (self.image_edit, self.edit)}
+        return {side: (file, caption) for side, (file, caption) in both.items() if file is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +75,17 @@ class InjectSweep(Experiment):
     prompt_original: Annotated[str | None, typer.Option(help="A prompt of your own for O, instead of controlled pairs.")] = None
     prompt_edit: Annotated[str | None, typer.Option(help="A prompt of your own for E.")] = None
     pairs_file: Annotated[
-        Path | None, typer.Option(help="YAML list of pairs: original, edit, and if you like factor, unrelated, noise.")
+        Path | None,
+        typer.Option(
+            help="YAML list of pairs: original, edit; if you like factor, unrelated, noise, image_original, image_edit."
+        ),
+    ] = None
+    image_original: Annotated[
+        Path | None, typer.Option(help="A picture for O, inverted under --prompt-original, its caption.")
+    ] = None
+    image_edit: Annotated[Path | None, typer.Option(help="A picture for E, inverted under --prompt-edit.")] = None
+    inversion: Annotated[
+        str | None, typer.Option(help="How pictures are inverted: fixed-point or plain. [default: fixed-point]")
     ] = None
     layers: Annotated[
         list[str] | None, typer.Option("--layers", help="Layer names, globs or groups such as @resnets; repeat for more.")
@@ -75,7 +96,8 @@ class InjectSweep(Experiment):
     steps: Annotated[str, typer.Option(help="Steps to inject at: all, 0-9, 0,3,5, 0%-50% or t1000-200.")] = "all"
     num_steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20
     guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale. [default: 3 for mini-sd, else the pipeline's own]")
+        float | None,
+        typer.Option(help="Guidance scale. [default: 3 for mini-sd, else the pipeline's own; 1, none, with given pictures]"),
     ] = None
     seed: Annotated[int, typer.Option(min=0, max=_MOST, help="Seed of the noise and of the pairs.")] = 0
     separate_noise: Annotated[bool, typer.Option("--separate-noise", help="Give E a noise of its own.")] = False
@@ -88,6 +110,16 @@ class InjectSweep(Experiment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        images = {"--image-original": self.image_original, "--image-edit": self.image_edit}
+        for flag, image in images.items():
+            if image is not None and self.pairs_file is not None:
+                raise ProbekitError(f"{flag} {str(image)!r}: pairs of --pairs-file name pictures of theirs, as image_original")
+            prompt = flag.replace("image", "prompt")
+            if image is not None and (self.prompt_original if flag == "--image-original" else self.prompt_edit) is None:
+                raise ProbekitError(f"{flag} {str(image)!r}: goes with {prompt}, the caption that it is inverted under")
+        if self.separate_noise and None not in images.values():
+            raise ProbekitError("--separate-noise: is for prompts; a given picture starts from its own latent")
+        check_inversion(self.inversion, self.pairs_file is not None or any(images.values()))
         own = self.prompt_original is not None or self.prompt_edit is not None
         if own and (self.prompt_original is None or self.prompt_edit is None):
             raise ProbekitError("--prompt-original and --prompt-edit go together: give both")
@@ -121,7 +153,8 @@ class InjectSweep(Experiment):
         if self.pairs_file is not None:
             return read_pairs(Path(self.pairs_file))
         if self.prompt_original is not None and self.prompt_edit is not None:
-            return [Pair(f"{OWN}-00", OWN, self.prompt_original, self.prompt_edit, _UNRELATED, 0)]
+            images = [None if file is None else str(file) for file in (self.image_original, self.image_edit)]
+            return [Pair(f"{OWN}-00", OWN, self.prompt_original, self.prompt_edit, _UNRELATED, 0, *images)]
         return scene_pairs(self._factors(), self.pairs or 8, self.seed)
 
     @functools.cached_property
@@ -131,7 +164,18 @@ class InjectSweep(Experiment):
 
     @functools.cached_property
     def loaded(self) -> Model:
-        """The model. Raises ProbekitError as `probekit.load`."""
+        """The model, for given pictures sampled so that it can be inverted. Raises ProbekitError as `load` and `invertible`."""
+        if (first := next(self._images(), None)) is None:
+            return self._own
+        from probekit.models.given import invertible
+
+        where, pair, side = first
+        with naming(where, pair.images[side][0]):
+            return invertible(self._own)
+
+    @functools.cached_property
+    def _own(self) -> Model:
+        """The model as it is."""
         from probekit.models import load
 
         return load(self.model, device=self.device, dtype=self.dtype)
@@ -155,15 +199,31 @@ class InjectSweep(Experiment):
 
     @property
     def guidance_scale(self) -> float | None:
-        """The one asked for, else the bundled model's, else None: the pipeline's own."""
+        """The one asked for, else with given pictures none, else the bundled model's, else None: the pipeline's own."""
+        if self.guidance is None and any(self._images()):
+            from probekit.models.given import GUIDANCE
+
+            return GUIDANCE
         return self.painter.defaults.get("guidance_scale") if self.guidance is None else self.guidance
+
+    def _images(self) -> Iterator[tuple[str, Pair, str]]:
+        """Each given picture: what errors call it, its pair, and `original` or `edit`."""
+        for number, pair in enumerate(self.swept_pairs, start=1):
+            for side, (file, _) in pair.images.items():
+                listed = f"--pairs-file {str(self.pairs_file)!r}, pair {number}: image_{side} {file!r}"
+                yield listed if self.pairs_file is not None else f"--image-{side} {file!r}", pair, side
 
     # --- the experiment ---------------------------------------------------------------------------------------------------
 
     def inputs(self) -> dict[str, Any]:
-        """The model's fingerprint, the pairs, and what options left open: layers, windows, guidance, precision, descriptors."""
+        """The model's fingerprint, the pairs, and what options left open: layers, windows, guidance, precision, descriptors.
+
+        With given pictures also their files' fingerprints, how they are inverted, and the scheduler, where it is not the
+        model's own.
+        """
         # an input must not be called as an option is: a run's folder tells another config by either name
-        pairs = [asdict(pair) for pair in self.swept_pairs]
+        pairs = [{key: value for key, value in asdict(pair).items() if value is not None} for pair in self.swept_pairs]
+        of_images = self._of_images()
         pipeline = self.painter.pipeline
         check_steps(pipeline, self.swept_windows, self.num_steps)
         return {
@@ -174,7 +234,28 @@ class InjectSweep(Experiment):
             "guidance_scale": self.guidance_scale,
             "precision": str(pipeline.dtype).removeprefix("torch."),
             "descriptors": [descriptor.name for descriptor in self._general_descriptors()],
+            **of_images,
         }
+
+    def _of_images(self) -> dict[str, Any]:
+        """What given pictures are and are made again by. Raises ProbekitError for what is none, and what cannot be inverted."""
+        if not (images := list(self._images())):
+            if self.inversion is not None:
+                raise ProbekitError(f"--inversion {self.inversion!r}: no pair of --pairs-file names a picture")
+            return {}
+        from probekit.models.given import METHODS, read
+
+        model, digests = self.loaded, {}
+        model.conditioned(guidance=self.guidance_scale).diffusion.schedule(self.num_steps)  # refuses what is none
+        for where, pair, side in images:
+            file, _ = pair.images[side]
+            with naming(where, file):
+                _, digests[file] = read(file, model.diffusion.image_size)
+        told = {"picture_digests": digests, "inverted_by": self.inversion or METHODS[0]}
+        if model is not self._own:
+            own, other = (type(each.pipeline.scheduler).__name__ for each in (self._own, model))
+            told["sampled_by"] = f"{other} without clipping" if own == other else f"{other} in place of {own}"
+        return told
 
     def plan(self) -> list[Unit]:
         """A unit a pair: O, and for each window and layer the picture with E's and the one with the unrelated donor's."""
@@ -182,9 +263,13 @@ class InjectSweep(Experiment):
         return [Unit(pair.name, size) for pair in self.swept_pairs]
 
     def work(self, unit: Unit, bench: Bench) -> Work:
-        """A row a descriptor, donor, window and layer, with its transfer and damage; the pictures O, E, U and WINDOW_LAYER."""
+        """A row a descriptor, donor, window and layer, with its transfer and damage; the pictures O, E, U and WINDOW_LAYER.
+
+        Of a pair with given pictures these as well, and in every row how well they were made again (`Given.errors`), as
+        `original_psnr`.
+        """
         from probekit import hooks
-        from probekit.report.injection import picture_name
+        from probekit.report.injection import given_name, picture_name
 
         pair = next(pair for pair in self.swept_pairs if pair.name == unit.name)
         places = [(window, steps, la) for window, steps in self.swept_windows.items() for la in self.swept_layers]
@@ -196,19 +281,29 @@ class InjectSweep(Experiment):
         }
         if self.guidance_scale is not None:
             call["guidance_scale"] = self.guidance_scale
-        original, of_e = (pair.original, pair.noise), pair.noise + APART if self.separate_noise else pair.noise
-        swept = self.painter.sweep(original, (pair.edit, of_e), [[], *rules], seed=self.seed, **call)
-        null = self.painter.sweep(original, (pair.unrelated, of_e), rules, seed=self.seed, **call)
+        starts = starts_of(
+            self.loaded,
+            pair,
+            seed=self.seed,
+            steps=self.num_steps,
+            guidance=self.guidance_scale,
+            method=self.inversion,
+            separate=self.separate_noise,
+        )
+        original = (pair.original, starts.original)
+        swept = self.painter.sweep(original, (pair.edit, starts.edit), [[], *rules], seed=self.seed, **call)
+        null = self.painter.sweep(original, (pair.unrelated, starts.unrelated), rules, seed=self.seed, **call)
         o, e, u = swept.images[0].cpu(), swept.edit.cpu(), null.edit.cpu()
+        errors = starts.errors({"original": o, "edit": e})
         donors = {"edit": swept.images[1:].cpu(), "unrelated": null.images.cpu()}
         rows: list[dict[str, Any]] = []
         for descriptor in self._descriptors(pair):
             for donor, images in donors.items():
-                of = {"pair": pair.name, "factor": pair.factor, "noise": pair.noise}
+                of = {"pair": pair.name, "factor": pair.factor, "noise": pair.noise} | errors
                 for (window, _, la), scores in zip(places, _score(descriptor, o, e, images), strict=True):
                     at = {"window": window, "order": la.order, "layer": la.name}
                     rows.append(of | at | {"donor": donor, "descriptor": descriptor.name} | scores)
-        pictures = {"O": o, "E": e, "U": u}
+        pictures = {"O": o, "E": e, "U": u} | {given_name(side): given.picture for side, given in starts.given.items()}
         for (window, _, la), image in zip(places, donors["edit"], strict=True):
             pictures[picture_name(window, la.name)] = image
         return Work(rows, pictures)
@@ -267,6 +362,85 @@ def rows_at_a_time(model: Model) -> int:
     return max(2, min(64, 32_768 // side**2))
 
 
+# --- given pictures ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Starts:
+    """What O, E and the unrelated donor start from, a noise's number or a latent; and the given pictures, by side."""
+
+    original: int | Tensor
+    edit: int | Tensor
+    unrelated: int | Tensor
+    given: Mapping[str, Given] = field(default_factory=dict)
+
+    def errors(self, rebuilt: Mapping[str, Tensor]) -> dict[str, float]:
+        """How well the given pictures were made again: `Given.errors`, by `original_psnr`, …; nothing of a pair of prompts."""
+        return {
+            f"{side}_{name}": value for side, given in self.given.items() for name, value in given.errors(rebuilt[side]).items()
+        }
+
+
+def starts_of(
+    model: Model,
+    pair: Pair,
+    *,
+    seed: int,
+    steps: int,
+    guidance: float | None,
+    method: str | None,
+    separate: bool = False,
+) -> Starts:
+    """Invert what is given of a pair, and say what the rest starts from.
+
+    O and E start from the same: a prompt beside a given picture from that one's latent. With `separate` E has a noise of its
+    own, and so has a prompt beside a picture. The unrelated donor starts where E does; beside a given E, whose latent
+    holds E, from the pair's noise. Raises ProbekitError as `given.invert`.
+    """
+    apart = pair.noise + APART if separate else pair.noise
+    if not pair.images:
+        return Starts(pair.noise, apart, apart)
+    from probekit.models import given
+
+    how: dict[str, Any] = {
+        "steps": steps,
+        "guidance": given.GUIDANCE if guidance is None else guidance,
+        "method": method or given.METHODS[0],
+    }
+    found: dict[str, Given] = {}
+    for side, (file, caption) in pair.images.items():
+        with naming(f"image {file!r}", file):
+            picture, _ = given.read(file, model.diffusion.image_size)
+            found[side] = given.invert(model, picture, caption, **how)
+    shared = None if separate else next(iter(found.values())).latent
+    original, edit = (
+        found[side].latent if side in found else given.numbered(model, number, seed) if shared is None else shared
+        for side, number in (("original", pair.noise), ("edit", apart))
+    )
+    return Starts(original, edit, given.numbered(model, apart, seed) if "edit" in found else edit, found)
+
+
+def check_inversion(method: str | None, pictured: bool) -> None:
+    """Raises ProbekitError for a method whose way back is not the pipeline's sampling, and for one of nothing."""
+    if method is None:
+        return
+    from probekit.models.given import METHODS
+
+    if method not in METHODS:
+        raise ProbekitError(f"--inversion {method!r}: choose {' or '.join(METHODS)}, whose way back is the pipeline's own")
+    if not pictured:
+        raise ProbekitError(f"--inversion {method!r}: is for given pictures; name --image-original or --image-edit")
+
+
+@contextlib.contextmanager
+def naming(where: str, file: str) -> Iterator[None]:
+    """Put where a picture was asked for before what a ProbekitError inside says."""
+    try:
+        yield
+    except ProbekitError as error:
+        raise ProbekitError(f"{where}: {str(error).removeprefix(f'image {file!r}: ')}") from error
+
+
 # --- pairs -------------------------------------------------------------------------------------------------------------
 
 _UNRELATED = "a small black cross at the bottom on a striped yellow ground"
@@ -297,7 +471,7 @@ def scene_pairs(factors: list[str], count: int, seed: int) -> list[Pair]:
 
 
 def read_pairs(file: Path) -> list[Pair]:
-    """Pairs from YAML. Raises ProbekitError that names the entry and the key."""
+    """Pairs from YAML; their pictures are named relative to its folder. Raises ProbekitError that names the entry and the key."""
     import yaml
 
     try:
@@ -318,13 +492,15 @@ def read_pairs(file: Path) -> list[Pair]:
             other["edit"] for other in entries if not {other["original"], other["edit"]} & {entry["original"], entry["edit"]}
         )
         unrelated = entry.get("unrelated") or next(others, _UNRELATED)
-        pairs.append(Pair(name, factor, entry["original"], entry["edit"], unrelated, entry.get("noise", i)))
+        images = [str(file.parent / entry[key]) if key in entry else None for key in ("image_original", "image_edit")]
+        pairs.append(Pair(name, factor, entry["original"], entry["edit"], unrelated, entry.get("noise", i), *images))
     return pairs
 
 
 def _check_entry(where: str, entry: Any) -> None:
     """Raise ProbekitError, naming the key, where a pair from a file is not in order."""
-    kinds: dict[str, type] = {"original": str, "edit": str, "factor": str, "unrelated": str, "noise": int}
+    texts = ("original", "edit", "factor", "unrelated", "image_original", "image_edit")
+    kinds: dict[str, type] = {**dict.fromkeys(texts, str), "noise": int}
     if not isinstance(entry, dict):
         raise ProbekitError(f"{where}: must have the keys original and edit")
     for key in ("original", "edit"):

@@ -14,8 +14,10 @@ from PIL import Image
 from probekit.hooks.errors import ProbekitError
 from probekit.metrics.descriptors import CLIP
 from probekit.metrics.roles import EVERYTHING, NO_ROLE, roles, summarise
+from probekit.models.given import FAR
 from probekit.report.figures import data_url, render, save_figure, style
 from probekit.report.findings import Findings, Table
+from probekit.report.injection import given
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,8 +109,13 @@ def findings(run: Run, rows: pd.DataFrame) -> Findings:
     said = says(summary)
     if "clip" not in inputs["descriptors"]:
         said += f" CLIP similarity is left out: {CLIP} is not in the local cache (hf download {CLIP})."
+    pictures = given.of_rows(inputs["swept_pairs"], rows)
+    tables = [_table(summary)]
+    if pictures:
+        tables.insert(0, given.table(pictures))
+        said += f"\n{given.says(pictures)}"
     figures = ("layers", "roles", *(["time"] if len(summary.windows) > 1 else []))
-    return Findings(run, rows, [_table(summary)], lambda: _page(run, summary, said), figures, said)
+    return Findings(run, rows, tables, lambda: _page(run, summary, pictures, said), figures, said)
 
 
 def says(summary: Summary) -> str:
@@ -201,7 +208,7 @@ def short(layer: str) -> str:
     return layer
 
 
-def _page(run: Run, summary: Summary, said: str) -> bytes:
+def _page(run: Run, summary: Summary, pictures: Sequence[given.MadeAgain], said: str) -> bytes:
     """The figures, drawn into figures/, and the page."""
     windows, layers, factors = summary.windows, summary.layers, summary.factors
     config, figures = run.config, run.folder / "figures"
@@ -245,6 +252,8 @@ def _page(run: Run, summary: Summary, said: str) -> bytes:
         pairs=pairs,
         data=data,
         figures=drawn,
+        far=FAR,
+        given=[_given(run, picture, config["inputs"]["swept_pairs"]) for picture in pictures],
         table=_cells(summary, descriptors),
         descriptors=[_DESCRIPTORS[d] for d in descriptors],
         everything=EVERYTHING,
@@ -255,6 +264,22 @@ def _page(run: Run, summary: Summary, said: str) -> bytes:
 def picture_name(window: str, layer: str) -> str:
     """What the picture of O with E's layer is called among a pair's pictures."""
     return f"{window}_{layer}".replace("%", "pct")
+
+
+def given_name(side: str) -> str:
+    """What a given picture is called among a pair's pictures, by `original` or `edit`."""
+    return f"{'O' if side == 'original' else 'E'}_given"
+
+
+def _given(run: Run, picture: given.MadeAgain, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A given picture for the page: as it was given and as it was made again, with its caption."""
+    pair = next(pair for pair in pairs if pair["name"] == picture.pair)
+    side = "original" if picture.end == "O" else "edit"
+    urls = {
+        "url": data_url(_picture(run, pair, given_name(side))),
+        "again": data_url(_picture(run, pair, picture.end)),
+    }
+    return {"told": picture, "warning": picture.warning, "caption": pair[side], **urls}
 
 
 def _picture(run: Run, pair: Mapping[str, Any], name: str) -> Path:
@@ -363,12 +388,16 @@ def _roles_figure(summary: Summary) -> Figure:
 
 
 def _layers_figure(run: Run, summary: Summary) -> Figure:
-    """O, E and O with each layer taken from E, for the first pair of every factor (figure 5 of the paper)."""
+    """O, E and O with each layer taken from E, for the first pair of every factor (figure 5 of the paper).
+
+    Before O and E made again, the pictures that were given.
+    """
     from matplotlib import pyplot as plt
 
     window, layers, factors = summary.windows[0], summary.layers, summary.factors
     first = {pair["factor"]: pair for pair in reversed(run.config["inputs"]["swept_pairs"])}
-    columns = ["O", "E", *layers]
+    ends = {"O_given": "image_original", "O": "", "E_given": "image_edit", "E": ""}
+    columns = [*(name for name, key in ends.items() if not key or any(key in pair for pair in first.values())), *layers]
     height, left, right = 0.66 * len(factors) + 1.1, 0.2 + 0.085 * max(map(len, factors)), 0.35  # inches
     width = left + 0.56 * len(columns) + right
     sides = {"left": left / width, "right": 1 - right / width, "bottom": 0.02, "top": 1 - 1.05 / height}
@@ -382,16 +411,19 @@ def _layers_figure(run: Run, summary: Summary) -> Figure:
         )
         for row, factor in zip(axes, factors, strict=True):
             for ax, name in zip(row, columns, strict=True):
-                file = name if name in ("O", "E") else picture_name(window, name)
-                ax.imshow(Image.open(_picture(run, first[factor], file)))
+                file = name if name in ends else picture_name(window, name)
                 ax.set(xticks=[], yticks=[])
+                if ends.get(name, "") and ends[name] not in first[factor]:  # this one is of prompts
+                    ax.spines[:].set_visible(False)
+                    continue
+                ax.imshow(Image.open(_picture(run, first[factor], file)))
                 for spine in ax.spines.values():
                     spine.set_visible(True)
                     spine.set_linewidth(2)
-                    spine.set_color("white" if name in ("O", "E") else colour(summary.role_of[window, name], factors))
+                    spine.set_color("white" if name in ends else colour(summary.role_of[window, name], factors))
             row[0].set_ylabel(factor, color=colour(factor, factors), fontweight="bold", rotation=0, ha="right", va="center")
         for ax, name in zip(axes[0], columns, strict=True):
-            label = name if name in ("O", "E") else short(name)
+            label = name.replace("_", ", ") if name in ends else short(name)
             ax.set_title(label, rotation=55, ha="left", va="bottom", fontsize=8, rotation_mode="anchor", pad=3)
         plt.close(figure)
     return figure
