@@ -471,7 +471,7 @@ def scene_pairs(factors: list[str], count: int, seed: int) -> list[Pair]:
 
 
 def read_pairs(file: Path) -> list[Pair]:
-    """Pairs from YAML; their pictures are named relative to its folder. Raises ProbekitError that names the entry and the key."""
+    """Pairs from YAML; pictures are named relative to its folder. Raises ProbekitError that names the entry and the key."""
     import yaml
 
     try:
