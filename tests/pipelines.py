@@ -762,10 +762,10 @@ def cascade_decoder() -> Any:
     )
 
 
-def cascade() -> Any:
+def cascade_prior() -> dict[str, Any]:
     from diffusers import DDPMWuerstchenScheduler
 
-    prior = {
+    return {
         "prior": cascade_unet(
             in_channels=4,
             out_channels=4,
@@ -785,7 +785,10 @@ def cascade() -> Any:
         "image_encoder": None,
         "feature_extractor": None,
     }
-    return with_prior("StableCascadeCombinedPipeline", cascade_decoder(), prior)
+
+
+def cascade() -> Any:
+    return with_prior("StableCascadeCombinedPipeline", cascade_decoder(), cascade_prior())
 
 
 # --- transformers that take a language model's text ----------------------------------------------------------------------

@@ -139,17 +139,18 @@ class Painter:
         told, shared = self._split(options)
         if late := sorted(told.keys() & self._of_encoding):
             raise ProbekitError(f"{late[0]}: the captions of these rows are encoded already; give it to `row`")
-        given = [dict(row) | told for row in rows]
-        self._check_pictures(given[0])
-        return pictures(self.pipeline, given, **shared) * 2 - 1
+        return self._paint([dict(row) | told for row in rows], shared)
 
     def generate(
         self, prompts: Sequence[str], noises: Sequence[int | Tensor], *, seed: int = 0, **options: Any
     ) -> Float[Tensor, "n 3 h w"]:
         """Pictures of the prompts, each from the noise of that number. options: the pipeline's."""
         told, shared = self._split(options)
-        rows = [self.row(p, noise, seed, **told) for p, noise in zip(prompts, noises, strict=True)]
-        return self.paint(rows, **shared)
+        return self._paint([self.row(p, noise, seed, **told) for p, noise in zip(prompts, noises, strict=True)], shared)
+
+    def _paint(self, rows: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> Tensor:
+        self._check_pictures(rows[0])
+        return pictures(self.pipeline, rows, **shared) * 2 - 1
 
     def sweep(
         self,
@@ -178,12 +179,10 @@ class Painter:
         self, pairs: Sequence[tuple[str, int | Tensor]], seed: int, told: Mapping[str, Any], shared: Mapping[str, Any]
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Rows whose captions are text, and what they share, such that the pipeline encodes them as `embedded` does."""
-        encoding = {key: value for key, value in told.items() if key in self._of_encoding and not _CAPTION.fullmatch(key)}
-        told = {key: value for key, value in told.items() if key not in encoding}
+        shared = {key: value for key, value in shared.items() if value is not None}  # defaults that go with embeddings
+        told = {key: value for key, value in told.items() if key not in shared}
         _, arguments = _ENCODERS.get(self._family, ((), {}))
-        shared = {key: value for key, value in arguments.items() if key in self._parameters} | {**shared, **encoding}
-        if shared.get("negative_prompt", "") is None:
-            del shared["negative_prompt"]  # the default that goes with embeddings
+        shared = {key: value for key, value in arguments.items() if key in self._parameters.keys() - told} | dict(shared)
         embeddings = self.embedded("").keys()
         rows = [
             {key: value for key, value in self.row("", noise, seed).items() if key not in embeddings}
@@ -198,7 +197,13 @@ class Painter:
         names = self._parameters.keys()
         of_rows = {name for name in names if name in _PICTURES or _CAPTION.fullmatch(name)} | self._of_encoding
         told = {option: value for option, value in options.items() if option in of_rows and value is not None}
-        shared = self.defaults | {option: value for option, value in options.items() if option not in told}
+        if "negative_prompt" in told and self.kind in ("KandinskyCombinedPipeline", "KandinskyV22CombinedPipeline"):
+            raise ProbekitError(
+                f"negative_prompt: the prior of model {self.name!r}, a {self.kind}, has noises for captions only"
+            )
+        # what is no caption is told to the pipeline, too: Flux's encodes negative prompts itself
+        here = {option for option in told if option not in self._of_encoding or _CAPTION.fullmatch(option)}
+        shared = self.defaults | {option: value for option, value in options.items() if option not in here}
         if "intermediate_timesteps" in names and shared.get("num_inference_steps", 2) != 2:
             shared.setdefault("intermediate_timesteps", None)  # SanaSprint's default is for two steps, and refused for others
         return told, shared
@@ -228,7 +233,7 @@ class Painter:
         """Call the denoiser on one picture of its `native` size, else of the pipeline's own, for what watches its layers."""
         from PIL import Image
 
-        side = self._side() or getattr(self.pipeline, "default_sample_size", 128)
+        side: int = self._side() or getattr(self.pipeline, "default_sample_size", 128)
         # an upscaler denoises codes that are as large as the picture which it is given
         side *= 1 if "Upscale" in self.kind else self._factor()
         blank = {name: Image.new("RGB", (side, side)) for name in self._needed()}
