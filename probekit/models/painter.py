@@ -233,7 +233,9 @@ class Painter:
         """Call the denoiser on one picture of its `native` size, else of the pipeline's own, for what watches its layers."""
         from PIL import Image
 
-        side: int = self._side() or getattr(self.pipeline, "default_sample_size", 128)
+        side = self._side()
+        if side is None:
+            side = int(getattr(self.pipeline, "default_sample_size", 128))
         # an upscaler denoises codes that are as large as the picture which it is given
         side *= 1 if "Upscale" in self.kind else self._factor()
         blank = {name: Image.new("RGB", (side, side)) for name in self._needed()}
