@@ -1,10 +1,14 @@
-"""Time one full sweep of mini-sd three ways: probekit's one batch, plain nnsight, and the papers' capture-then-inject.
+"""Time one full sweep three ways: probekit's one batch, plain nnsight, and the papers' capture-then-inject.
 
-    python benchmarks/sweep.py [--steps 20] [--guidance 3] [--repeats 3]
+    python benchmarks/sweep.py [--layout mini-sd] [--steps 20] [--guidance 3] [--repeats 3]
+
+--layout: `mini-sd`; or `sd-1.4`, `sdxl` or `pixart`: the layers of these denoisers in the same order, narrower, with random
+weights, and mini-sd's text encoder and autoencoder.
 
 Every way runs in a process of its own, on the same pair, layers and steps; the pictures are checked to be equal. Memory is the
 resident set's peak above what the loaded and warmed-up model takes, as the kernel counts it (Linux), and, apart from it, the
-activations that are held from one denoiser call to another.
+activations that are held from one denoiser call to another. Below stands how much of a batch that is computed whole probekit
+computes: the denoiser's floating-point operations as torch counts them, in rows of that batch.
 """
 
 from __future__ import annotations
@@ -44,10 +48,11 @@ def nnsight(model: Model, layers: list[str], options: dict[str, Any]) -> tuple[t
         rows = hooks.stack([model.painter.row(EDIT, 0), model.painter.row(ORIGINAL, 0)])
         with torch.no_grad(), traced.generate(**rows, **options, output_type="pt") as tracer:
             for _ in tracer.iter[: options["num_inference_steps"]]:
-                output = hooks.layer(traced.unet, name).output
+                output = hooks.layer(traced.unet if hasattr(model.pipeline, "unet") else traced.transformer, name).output
                 tensor = output[0] if "attentions" in name else output
                 tensor[1] = tensor[0]
-                tensor[3] = tensor[2]
+                if options["guidance_scale"] > 1:
+                    tensor[3] = tensor[2]
             made = traced.output.save()
         images.append(made.images[1] * 2 - 1)
     return torch.stack(images), 0
@@ -67,6 +72,92 @@ def capture_then_inject(model: Model, layers: list[str], options: dict[str, Any]
     return torch.stack(images), captured.bytes
 
 
+def build(layout: str) -> Model:
+    """mini-sd, or a random narrow denoiser with the layers of a published one, in a pipeline with mini-sd's other parts."""
+    from probekit import load
+    from probekit.models.families.text_to_image import as_model
+
+    mini = load("mini-sd", device="cpu")
+    if layout == "mini-sd":
+        return mini
+    from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    parts = dict(mini.pipeline.components)
+    if layout == "pixart":
+        transformer = PixArtTransformer2DModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            num_layers=28,
+            num_attention_heads=4,
+            attention_head_dim=24,
+            cross_attention_dim=96,
+            caption_channels=96,
+        )
+        from transformers import T5Config, T5EncoderModel
+
+        words = parts["tokenizer"]
+        shape = {"d_model": 96, "d_kv": 24, "d_ff": 96, "num_layers": 1, "num_heads": 4}
+        text = T5EncoderModel(T5Config(vocab_size=len(words), pad_token_id=words.eos_token_id, **shape))
+        return as_model(PixArtAlphaPipeline(words, text.eval(), parts["vae"], transformer.eval(), parts["scheduler"]), "pixart")
+    levels = {
+        "sd-1.4": {
+            "block_out_channels": (32, 64, 128, 128),
+            "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        },
+        "sdxl": {
+            "block_out_channels": (32, 64, 128),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+        },
+    }
+    shape = {
+        "sample_size": 16,
+        "layers_per_block": 2,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 96,
+        "norm_num_groups": 16,
+    }
+    parts["unet"] = UNet2DConditionModel(**shape, **levels[layout]).eval()
+    return as_model(StableDiffusionPipeline(**parts, requires_safety_checker=False), layout)
+
+
+def operations(layout: str, options: dict[str, Any]) -> tuple[int, float, float]:
+    """How many rows a batch has, and how many of them the sweep computes, in the first step and in the later ones."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from probekit import hooks
+    from probekit.hooks import rows
+
+    model = build(layout)
+    layers = [la.name for la in hooks.select(model.layers, hooks.default_layers(model.denoiser))]
+    count, told = len(layers) + 1, []
+    counter = FlopCounterMode(display=False)
+
+    def counted(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            told.append((name, counter.get_total_flops()))
+
+        return hook
+
+    for plain in (True, False):
+        known = rows.flow
+        rows.flow = (lambda model: None) if plain else known
+        before = model.denoiser.register_forward_pre_hook(counted("begin"))
+        after = model.denoiser.register_forward_hook(counted("end"))
+        with counter:
+            one_batch(model, layers, options)
+        rows.flow = known
+        before.remove()
+        after.remove()
+    spent = [end - begin for (_, begin), (_, end) in zip(told[::2], told[1::2], strict=True)]
+    whole, ours = spent[: len(spent) // 2], spent[len(spent) // 2 :]
+    return count, count * ours[0] / whole[0], count * sum(ours[1:]) / sum(whole[1:])
+
+
 WAYS: dict[str, Callable[..., tuple[torch.Tensor, int]]] = {
     "probekit, one batch": one_batch,
     "nnsight, a trace a layer": nnsight,
@@ -74,11 +165,11 @@ WAYS: dict[str, Callable[..., tuple[torch.Tensor, int]]] = {
 }
 
 
-def measure(way: str, options: dict[str, Any], repeats: int) -> tuple[list[float], int, int, torch.Tensor]:
+def measure(way: str, layout: str, options: dict[str, Any], repeats: int) -> tuple[list[float], int, int, torch.Tensor]:
     """Seconds of every repeat, peak bytes above the loaded model, bytes held, and the pictures."""
-    from probekit import hooks, load
+    from probekit import hooks
 
-    model = load("mini-sd", device="cpu")
+    model = build(layout)
     layers = [la.name for la in hooks.select(model.layers, hooks.default_layers(model.denoiser))]
     model.painter.generate([ORIGINAL, EDIT], [0, 0], **options | {"num_inference_steps": 1})
     before = start_peak()
@@ -93,6 +184,7 @@ def measure(way: str, options: dict[str, Any], repeats: int) -> tuple[list[float
 def main() -> None:
     """Measure every way and print the table."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("--layout", choices=("mini-sd", "sd-1.4", "sdxl", "pixart"), default="mini-sd")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--repeats", type=int, default=3)
@@ -101,7 +193,7 @@ def main() -> None:
     results = {}
     for way in WAYS:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            results[way] = pool.apply(measure, (way, options, asked.repeats))
+            results[way] = pool.apply(measure, (way, asked.layout, options, asked.repeats))
     ours = results["probekit, one batch"]
     print(f"| {'way':26} | median seconds | of probekit's | peak memory | activations held | largest difference |")
     print("|---|---|---|---|---|---|")
@@ -111,6 +203,9 @@ def main() -> None:
         difference = (images - ours[3]).abs().max().item()
         assert difference < 1e-3, f"{way} gives other pictures: {difference}"
         print(f"| {way:26} | {median:.2f} | {ratio:.2f} | {peak / 2**20:.0f} MiB | {held / 2**20:.1f} MiB | {difference:.1e} |")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        count, first, later = pool.apply(operations, (asked.layout, options))
+    print(f"operations: of {count} rows, {first:.1f} in the first step and {later:.1f} in each later one")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .captures import Captured, capture
     from .errors import ProbekitError
     from .injections import Context, Injection, Mean, Nothing, Operation, Row, Stored, add, blend, inject, replace
-    from .pictures import pictures, stack
+    from .pictures import stack
     from .sites import bind
     from .steps import Steps, distinct_timesteps
     from .sweeps import TEXT_ENCODERS, Swept, denoiser, sweep, text_layers
@@ -61,7 +61,7 @@ _MODULES = {
         "select",
     ),
     "sites": ("bind",),
-    "pictures": ("pictures", "stack"),
+    "pictures": ("stack",),
     "steps": ("Steps", "distinct_timesteps"),
     "sweeps": ("TEXT_ENCODERS", "Swept", "denoiser", "sweep", "text_layers"),
     "tracing": ("layer", "trace"),
@@ -98,7 +98,6 @@ __all__ = [
     "layer",
     "layers",
     "output_shapes",
-    "pictures",
     "replace",
     "select",
     "stack",

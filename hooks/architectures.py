@@ -365,7 +365,8 @@ def _z_image(call: Mapping[str, Any], config: Any) -> Tokens:
 class Denoiser:
     """A denoiser's class: its stacks of blocks in execution order, what runs before and after them, and what it is called with.
 
-    stacks: with what each block of it returns, where that is not what `BLOCKS` says of its class.
+    stacks: with what each block of it returns, where that is not what `BLOCKS` says of its class. before_item: where in what
+    runs before them the image is.
     state, timestep: the arguments that hold the noisy picture and the time. in_schedule: (what it is told, its config, the
     scheduler) to the time in the scheduler's units. tokens: (its arguments, its config) to where the image stands in sequences
     that hold text, too.
@@ -373,6 +374,7 @@ class Denoiser:
 
     stacks: Mapping[str, Form | None]
     before: str | None = "x_embedder"
+    before_item: tuple[int, ...] = ()
     after: str | None = "proj_out"
     state: str = "hidden_states"
     timestep: str = "timestep"
@@ -388,7 +390,9 @@ DENOISERS: dict[str, Denoiser] = {
     "DiTTransformer2DModel": Denoiser(_BLOCKS, before="pos_embed", after="proj_out_2"),
     "PixArtTransformer2DModel": Denoiser(_BLOCKS, before="pos_embed"),
     "HunyuanDiT2DModel": Denoiser({"blocks": None}, before="pos_embed"),
-    "LuminaNextDiT2DModel": Denoiser({"layers": None}, before="patch_embedder", after="norm_out", in_schedule=_risen),
+    "LuminaNextDiT2DModel": Denoiser(
+        {"layers": None}, before="patch_embedder", before_item=(0,), after="norm_out", in_schedule=_risen
+    ),
     "SanaTransformer2DModel": Denoiser(_BLOCKS, before="patch_embed", in_schedule=_sana),
     "PRXTransformer2DModel": Denoiser({"blocks": None}, before="img_in", after="final_layer", in_schedule=_share),
     "SD3Transformer2DModel": Denoiser(_BLOCKS, before="pos_embed"),
@@ -403,7 +407,7 @@ DENOISERS: dict[str, Denoiser] = {
         {"context_embedder.token_refiner.refiner_blocks": None, **_TWO_STACKS}, tokens=None
     ),
     "CogView3PlusTransformer2DModel": Denoiser(_BLOCKS, before="patch_embed"),
-    "CogView4Transformer2DModel": Denoiser(_BLOCKS, before="patch_embed"),
+    "CogView4Transformer2DModel": Denoiser(_BLOCKS, before="patch_embed", before_item=(0,)),
     "AuraFlowTransformer2DModel": Denoiser(
         {"joint_transformer_blocks": None, "single_transformer_blocks": None},
         before="pos_embed",
@@ -560,6 +564,8 @@ def _outputs(name: str, module: Any, form: Form) -> list[Heads]:
     """Where the heads' outputs stand beside each other, before they are mixed: what enters the last projection."""
     count = _head_count(module)
     found: list[Heads] = []
+    if type(getattr(module, "processor", None)).__name__ == "LuminaAttnProcessor2_0":
+        return found  # it mixes the heads of both its attentions together
     for attribute in ("to_out", "out_layer", "to_add_out", "to_out_t"):
         made = getattr(module, attribute, None)
         path = f"{name}.{attribute}"
@@ -776,7 +782,7 @@ def _stack(model: nn.Module, path: str) -> nn.ModuleList:
 
 def _transformer(model: nn.Module, denoiser: Denoiser) -> Iterator[_Found]:
     if denoiser.before is not None:
-        yield _Found(denoiser.before, "projection", _main(denoiser.before))
+        yield _Found(denoiser.before, "projection", {"main": Stream((Site(denoiser.before, denoiser.before_item),))})
     for stack, form in denoiser.stacks.items():
         for i, block in enumerate(_stack(model, stack)):
             yield from _block(f"{stack}.{i}", block, form)
@@ -917,7 +923,7 @@ def _transformer_flow(model: nn.Module, denoiser: Denoiser) -> Flow:
     sites: dict[Site, tuple[int, tuple[str, ...]]] = {}
     image = "state"
     if denoiser.before is not None:
-        sites[Site(denoiser.before)] = (0, ("image",))
+        sites[Site(denoiser.before, denoiser.before_item)] = (0, ("image",))
         units.append(Unit(denoiser.before, ("state",), ("image",)))
         image = "image"
     for found in layers(model):

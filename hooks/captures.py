@@ -128,7 +128,7 @@ def capture(
 
     def take(site: Site, value: Any, path: Sequence[int | str]) -> None:
         if clock.step in steps.resolve(clock.timesteps):
-            view = View(site, read(value, path).detach(), clock.tokens)
+            view = View(site, read(value, path).detach(), clock.tokens, clock.batch)
             tensor = view.read([index for branch in range(clock.branches) for index in (branch * rows + row for row in kept)])
             tensor = tensor.reshape(clock.branches, len(kept), *tensor.shape[1:])
             tensor = tensor if to == "device" else tensor.half().cpu() if to == "half" else tensor.cpu()

@@ -273,6 +273,13 @@ class _Engine:
     def begin(self, module: nn.Module, args: Any) -> None:
         self.kept.clear()
         self.given.clear()
+        if "down_intrablock_additional_residuals" in self.clock.added:
+            # it is added in place to the output and to the last skip at once, while they are one tensor
+            for site in self.plan:
+                if site.module.startswith("down_blocks.") and site.path and site.border == "output":
+                    raise ProbekitError(
+                        f"layer {site.module}: a T2I-Adapter adds to it in place; take its last resnet, attention or sampler"
+                    )
         if self.clock.timesteps != self.schedule:
             self.schedule = self.clock.timesteps
             writes = (write.injection.steps for writes in self.plan.values() for write in writes)
@@ -296,7 +303,7 @@ class _Engine:
             for site in sites:
                 writes, kept = self.due(site), self.kept.get(site)
                 if site in self.looked_at:
-                    self.given[site] = View(site, read(original, site.path), self.clock.tokens)
+                    self.given[site] = View(site, read(original, site.path), self.clock.tokens, self.clock.batch)
                 if not (writes or kept):
                     continue
                 tensor = read(bound.arguments, site.path)
@@ -318,7 +325,7 @@ class _Engine:
 
     def apply(self, site: Site, tensor: Tensor, changed: Tensor, writes: Sequence[_Write]) -> Tensor:
         """A copy of `changed` with every write done, whose sources are read from `tensor`, in which nothing was written."""
-        clock, view = self.clock, View(site, tensor, self.clock.tokens)
+        clock, view = self.clock, View(site, tensor, self.clock.tokens, self.clock.batch)
         for write_ in writes:
             for keep in write_.keeps:
                 kept = self.kept.setdefault(keep, {})
@@ -332,7 +339,7 @@ class _Engine:
             return result
         for write_ in writes:
             where = clock.indices(write_.row)
-            target = View(site, result, clock.tokens).read(where)
+            target = View(site, result, clock.tokens, clock.batch).read(where)
             view.write(result, where, self.value(write_, view, target))
         return result
 

@@ -25,7 +25,8 @@ def needed(model: nn.Module, rules: Rules, clock: Clock) -> Iterator[None]:
     """Inside `inject(model, rules, …) as clock`: compute no row twice, and none for nothing.
 
     The rows of every picture stay what they are in a batch that is computed whole, but for the rounding of other batch shapes.
-    Where the flow of a denoiser is not known, or other hooks watch its modules, everything is computed.
+    Where the flow of a denoiser is not known, a ControlNet or T2I-Adapter adds to it, or other hooks watch its modules,
+    everything is computed.
     """
     known = flow(model)
     if known is None or _watched(model, rules):
@@ -54,6 +55,13 @@ def _watched(model: nn.Module, rules: Rules) -> bool:
         (module._forward_hooks or module._forward_pre_hooks) and name and name not in ours
         for name, module in model.named_modules()
     )
+
+
+def _by_rows(model: nn.Module) -> bool:
+    """Whether attentions treat every row by itself: perturbed-attention guidance counts on where it stands, others may."""
+    processors = (getattr(module, "processor", None) for module in model.modules())
+    kinds = {type(processor) for processor in processors if processor is not None}
+    return all(kind.__module__.startswith("diffusers.models.") and "PAG" not in kind.__name__ for kind in kinds)
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,8 @@ class _Planner:
         name = self.clock.known.state
         state = bound.arguments[name]
         self.rows, self.batch = {}, len(state)
-        if not isinstance(state, Tensor):
+        # looked at now: a pipeline with perturbed-attention guidance sets its processors when it is called
+        if not isinstance(state, Tensor) or self.clock.added or not _by_rows(module):
             return
         rest = [value for key, value in bound.arguments.items() if key != name]
         conditions = _classes(_tensors(rest, self.batch), self.batch)

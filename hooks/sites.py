@@ -88,11 +88,14 @@ def write(value: Any, path: Sequence[int | str], tensor: Tensor) -> Any:
 class View:
     """The part of a batched tensor that a site means: rows of it are read, and written into a copy.
 
-    tokens: where the image stands, of a site that means tokens of one kind.
+    tokens: where the image stands, of a site that means tokens of one kind. batch: how many rows there must be.
     """
 
-    def __init__(self, site: Site, tensor: Tensor, tokens: Tokens | None) -> None:
+    def __init__(self, site: Site, tensor: Tensor, tokens: Tokens | None, batch: int) -> None:
         self.site, self.tensor, self.tokens = site, tensor, tokens
+        if len(tensor) != batch:
+            # perturbed-attention guidance splits the batch inside its attentions
+            raise ProbekitError(f"{site.module}: it is given {len(tensor)} of a batch of {batch}, and which is not known")
         if site.tokens is not None and tokens is None:
             raise ProbekitError(f"{site.module}: where its image tokens stand is not known")
 
@@ -116,6 +119,13 @@ class View:
     def write(self, into: Tensor, rows: Sequence[int], values: Tensor) -> None:
         """Put rows' values (as `read` gives them) into a tensor of the whole's shape, in place."""
         pieces = self._pieces(rows)
+        shape = into[(rows[0], *pieces[0])].shape
+        if values.shape[1:] != shape:
+            what = f"{self.site.tokens} tokens" if self.site.tokens else "activation"
+            raise ProbekitError(
+                f"{what} at {self.site.module}: of shape {tuple(values.shape[1:])}, where {tuple(shape)} are written; "
+                "captions of other lengths have other tokens"
+            )
         if len(pieces) == 1:
             index = torch.tensor(rows, device=into.device)
             if pieces[0] == (...,):

@@ -99,6 +99,17 @@ def distinct_timesteps(schedule: Any) -> tuple[float, ...]:
     return tuple(dict.fromkeys(float(t) for t in timesteps))
 
 
+ADDED = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+    "controlnet_block_samples",
+    "controlnet_single_block_samples",
+    "block_controlnet_hidden_states",
+)
+"""The arguments of denoisers that are added to what passes between their layers, by ControlNets and T2I-Adapters."""
+
+
 class Clock:
     """Follows a denoiser's calls: the step, which call in it, how the batch is laid out, and where the image's tokens stand.
 
@@ -110,9 +121,10 @@ class Clock:
     def __init__(self, model: nn.Module, schedule: Any, rows: int) -> None:
         self.model, self.schedule, self.rows = model, schedule, rows
         self.known, self.config = denoiser_of(model), getattr(model, "config", None)
-        self.step, self.call, self.branches = -1, 0, 1
+        self.step, self.call, self.branches, self.batch = -1, 0, 1, rows
         self.timestep = float("nan")
         self.tokens: Tokens | None = None
+        self.added: frozenset[str] = frozenset()
         self._timesteps: tuple[float, ...] = ()
 
     @property
@@ -131,12 +143,13 @@ class Clock:
             given = bound.arguments[self.known.timestep]
             step = self._step(float(given.flatten()[0]) if isinstance(given, Tensor) else float(given))
             batch = len(bound.arguments[self.known.state])
+            self.added = frozenset(name for name in ADDED if bound.arguments.get(name) is not None)
             self.tokens = self.known.tokens and self.known.tokens(bound.arguments, self.config)
         self.call = self.call + 1 if step == self.step else 0
         self.step, self.timestep = step, self._timesteps[step]
         if batch % self.rows:
             raise ProbekitError(f"rows {self.rows}: the denoiser is given a batch of {batch}, which that does not divide")
-        self.branches = batch // self.rows
+        self.branches, self.batch = batch // self.rows, batch
 
     def _step(self, told: float) -> int:
         assert self.known is not None
