@@ -28,7 +28,7 @@ from probekit.models.families import text_to_image
 from probekit.sampling import sample
 from probekit.sampling.inversions import INVERSIONS
 from tests.conftest import quick_spaces
-from tests.test_models import MOON, RED, flux, pixart, sd3, sdxl
+from tests.pipelines import MOON, RED, flux, pixart, sd3, sdxl
 
 STEPS = 4
 
