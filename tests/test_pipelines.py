@@ -18,7 +18,7 @@ from probekit import ProbekitError, hooks, load, seeds
 from probekit.hooks.pictures import pictures
 from probekit.models import Model
 from probekit.models.families import text_to_image
-from tests.conftest import refused, tiny_vae
+from tests.conftest import probekit, refused, tiny_vae
 from tests.pipelines import (
     MOON,
     PIPELINES,
@@ -181,6 +181,15 @@ def test_what_paints_from_pictures_says_so_without_them(name: str) -> None:
         painter.sweep((RED, 1), (MOON, 1), [[]], num_inference_steps=1)
 
 
+def test_the_command_line_says_so_too(tmp_path: Path) -> None:
+    build("sd_controlnet").save_pretrained(tmp_path / "model")
+    captions = ["--prompt-original", RED, "--prompt-edit", MOON, "--layers", "mid_block", "--out", tmp_path / "a.png"]
+    said = refused("inject", "image", "--model", tmp_path / "model", *captions, "--num-steps", "1")
+    assert "a StableDiffusionControlNetPipeline does not paint from a caption alone; give image in Python" in said
+    shown = probekit("layers", tmp_path / "model")
+    assert shown.returncode == 0 and "mid_block" in shown.stdout
+
+
 def test_each_row_may_have_its_own_picture() -> None:
     painter, options = model("sd_controlnet").painter, PIPELINES["sd_controlnet"].options
     dark = picture().point(lambda value: value // 4)
@@ -224,6 +233,30 @@ def test_options_of_captions_that_come_too_late_are_refused() -> None:
         ProbekitError, match="negative_prompt: the prior of model 'kandinsky', a KandinskyCombinedPipeline, has"
     ):
         model("kandinsky").generate([RED], [1], negative_prompt=MOON)
+
+
+# what classifier-free guidance is called, where it is not `guidance_scale`
+@pytest.mark.parametrize("name, told", [("cascade", {}), ("qwen_image", {"negative_prompt": " "})])
+def test_guidance_has_one_name(name: str, told: dict[str, Any]) -> None:
+    tiny, loaded = PIPELINES[name], model(name)
+    (its,) = tiny.guided.keys() - {"negative_prompt"}
+    made = loaded.generate([RED], [1], **tiny.options, guidance_scale=2.5)
+    expected = loaded.generate([RED], [1], **tiny.options, **{its: 2.5}, **told)
+    assert torch.equal(made, expected)
+    assert (made - loaded.generate([RED], [1], **tiny.options, guidance_scale=1.0)).abs().mean() > 0.01
+
+
+def test_options_that_a_pipeline_does_not_have_are_refused() -> None:
+    for name, option, near in (
+        ("hunyuan_image", "guidance_scale", "; it takes distilled_guidance_scale"),
+        ("sd", "num_inference_step", "; it takes num_inference_steps"),
+        ("sd", "nonsense", ""),
+    ):
+        expected = f"{option}: model {name!r}, a {type(build(name)).__name__}, has no such option{near}"
+        for paint in (model(name).generate, lambda p, n, name=name, **o: model(name).sweep((RED, 1), (RED, 1), [[]], **o)):
+            with pytest.raises(ProbekitError) as error:
+                paint([RED], [1], **{option: 2})
+            assert str(error.value).startswith(expected)
 
 
 @pytest.mark.parametrize("name", ["sd", "pixart", "flux"])

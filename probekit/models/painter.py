@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import re
@@ -39,6 +40,12 @@ _VARIANTS = re.compile("PAG|ControlNet(Union)?|Adapter|Kontext")
 
 _OF_PICTURES = re.compile("Control|Adapter|Upscale|Img2Img|Image2Image|Inpaint|Pix2Pix|Edit|Fill")
 """In a pipeline's name: it paints from pictures, too; others take them at most."""
+
+_GUIDANCE = {"StableCascadeCombinedPipeline": "decoder_guidance_scale", "QwenImagePipeline": "true_cfg_scale"}
+"""Pipelines of which `guidance_scale` is not the name of classifier-free guidance."""
+
+_OF_SWEEPS = ("batch_size", "on_batch")
+"""Options of `hooks.sweep` itself."""
 
 _PICTURES = ("image", "control_image", "mask_image")
 _CAPTION = re.compile(r"(negative_)?prompt(_\d)?")
@@ -194,7 +201,7 @@ class Painter:
 
     def _split(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Options that are particular to a row, and those that all rows share, with the defaults."""
-        names = self._parameters.keys()
+        names, options = self._parameters.keys(), self._known(options)
         of_rows = {name for name in names if name in _PICTURES or _CAPTION.fullmatch(name)} | self._of_encoding
         told = {option: value for option, value in options.items() if option in of_rows and value is not None}
         if "negative_prompt" in told and self.kind in ("KandinskyCombinedPipeline", "KandinskyV22CombinedPipeline"):
@@ -207,6 +214,20 @@ class Painter:
         if "intermediate_timesteps" in names and shared.get("num_inference_steps", 2) != 2:
             shared.setdefault("intermediate_timesteps", None)  # SanaSprint's default is for two steps, and refused for others
         return told, shared
+
+    def _known(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options as the pipeline names them. Raises ProbekitError for one that it does not have."""
+        known = dict(options)
+        config: Any = hooks.denoiser(self.pipeline).config
+        if self._family in _GUIDANCE and "guidance_scale" in known and not config.get("guidance_embeds", False):
+            known[_GUIDANCE[self._family]] = known.pop("guidance_scale")
+            if self._family == "QwenImagePipeline":
+                known.setdefault("negative_prompt", " ")  # without one it is not guided
+        for option in known.keys() - self._parameters.keys() - set(_OF_SWEEPS):
+            near = difflib.get_close_matches(option, self._parameters, cutoff=0.5)
+            meant = f"; it takes {' and '.join(near)}" if near else ""
+            raise ProbekitError(f"{option}: model {self.name!r}, a {self.kind}, has no such option{meant}")
+        return known
 
     def _check_pictures(self, row: Mapping[str, Any]) -> None:
         """Raises ProbekitError where the pipeline paints from pictures that the row does not have."""
