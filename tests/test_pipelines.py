@@ -318,6 +318,9 @@ def test_rows_of_one_generator_see_one_noise_in_every_step(case: str) -> None:
     assert (made[2] - made[0]).abs().mean() > 0.1
     # alone, and at another time, it is the same
     assert torch.allclose(painter.paint([painter.row(RED, 1)], **options)[0], made[0], atol=1e-4)
+    # in a sweep, too
+    swept = painter.sweep((RED, 1), (MOON, 2), [[], [], []], **options)
+    assert torch.allclose(swept.images, made[:1].expand_as(swept.images), atol=1e-4)
     # and it is there: from one start, other generators go other ways
     start = painter.row(RED, torch.randn((1, 64, 16) if name == "flux" else (1, 4, 16, 16)))
     ways = painter.paint([start | {"generator": seeds.numbered(0, number)} for number in (1, 2)], **options)
