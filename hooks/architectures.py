@@ -406,7 +406,8 @@ DENOISERS: dict[str, Denoiser] = {
     "HunyuanImageTransformer2DModel": Denoiser(
         {"context_embedder.token_refiner.refiner_blocks": None, **_TWO_STACKS}, tokens=None
     ),
-    "CogView3PlusTransformer2DModel": Denoiser(_BLOCKS, before="patch_embed"),
+    # its patch_embed returns text and image in one
+    "CogView3PlusTransformer2DModel": Denoiser(_BLOCKS, before=None),
     "CogView4Transformer2DModel": Denoiser(_BLOCKS, before="patch_embed", before_item=(0,)),
     "AuraFlowTransformer2DModel": Denoiser(
         {"joint_transformer_blocks": None, "single_transformer_blocks": None},
@@ -924,7 +925,11 @@ def _transformer_flow(model: nn.Module, denoiser: Denoiser) -> Flow:
     image = "state"
     if denoiser.before is not None:
         sites[Site(denoiser.before, denoiser.before_item)] = (0, ("image",))
-        units.append(Unit(denoiser.before, ("state",), ("image",)))
+        # what embeds the image and something else at once is read for both
+        both = bool(denoiser.before_item)
+        units.append(
+            Unit(denoiser.before, ("state", "text") if both else ("state",), ("image", "text") if both else ("image",))
+        )
         image = "image"
     for found in layers(model):
         if found.kind != "block":

@@ -264,7 +264,7 @@ class _Engine:
 
     def __init__(self, clock: Clock, plan: dict[Site, list[_Write]]) -> None:
         self.clock, self.plan = clock, plan
-        self.kept: dict[Site, dict[int, Tensor]] = {}
+        self.kept: dict[Site, dict[int, tuple[Tensor, Tensor]]] = {}
         self.given: dict[Site, View] = {}
         self.looked_at = {write.bypass for writes in plan.values() for write in writes} - {None}
         self.active: dict[Steps, frozenset[int]] = {}
@@ -309,8 +309,9 @@ class _Engine:
                 tensor = read(bound.arguments, site.path)
                 if kept:
                     tensor = tensor.clone()
-                    for index, value in kept.items():
-                        tensor[index] = value
+                    for index, (own, new) in kept.items():
+                        # what a ControlNet has added since stays added
+                        tensor[index] = own + (tensor[index] - new) if self.clock.added else own
                 if writes:
                     tensor = self.apply(site, read(original, site.path), tensor, writes)
                 argument, path = str(site.path[0]), site.path[1:]
@@ -326,21 +327,21 @@ class _Engine:
     def apply(self, site: Site, tensor: Tensor, changed: Tensor, writes: Sequence[_Write]) -> Tensor:
         """A copy of `changed` with every write done, whose sources are read from `tensor`, in which nothing was written."""
         clock, view = self.clock, View(site, tensor, self.clock.tokens, self.clock.batch)
-        for write_ in writes:
-            for keep in write_.keeps:
-                kept = self.kept.setdefault(keep, {})
-                for index in clock.indices(write_.row):
-                    kept.setdefault(index, tensor[index].clone())
         result = changed.clone()
         if sources := _plain_sources(writes):
             # the common case, one gather: every target row points at its source row
             targets = [index for write_ in writes for index in clock.indices(write_.row)]
             view.write(result, targets, view.read([index for row in sources for index in clock.indices(row)]))
-            return result
+        else:
+            for write_ in writes:
+                where = clock.indices(write_.row)
+                target = View(site, result, clock.tokens, clock.batch).read(where)
+                view.write(result, where, self.value(write_, view, target))
         for write_ in writes:
-            where = clock.indices(write_.row)
-            target = View(site, result, clock.tokens, clock.batch).read(where)
-            view.write(result, where, self.value(write_, view, target))
+            for keep in write_.keeps:
+                kept = self.kept.setdefault(keep, {})
+                for index in clock.indices(write_.row):
+                    kept.setdefault(index, (tensor[index].clone(), result[index].clone()))
         return result
 
     def value(self, write_: _Write, view: View, target: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def plainly(model: nn.Module, rules: list[tuple[hooks.Layer, str]], rows: int) -
         assert known is not None
         tokens["at"] = known.tokens and known.tokens(called(module, args, kwargs).arguments, module.config)
 
-    def swapped(tensor: Tensor, site: Any, target: int, value: Tensor | None = None) -> Tensor:
+    def swapped(tensor: Tensor, site: Any, target: int) -> Tensor:
         new = tensor.clone()
         for branch in range(len(tensor) // rows):
             to, of = branch * rows + target, branch * rows
@@ -77,8 +77,7 @@ def plainly(model: nn.Module, rules: list[tuple[hooks.Layer, str]], rows: int) -
                 part = slice(*tokens["at"].range(site.tokens, to, tensor.shape[1]))
                 assert tokens["at"].range(site.tokens, of, tensor.shape[1]) == (part.start, part.stop)
             columns = [i for a, b in site.features or ((0, tensor.shape[-1]),) for i in range(a, b)]
-            source = tensor[of] if value is None else value[to]
-            new[to, part][..., columns] = source[part][..., columns]
+            new[to, part][..., columns] = tensor[of, part][..., columns]
         return new
 
     def inside(value: Any, path: tuple[Any, ...], change: Any) -> Any:
@@ -94,8 +93,9 @@ def plainly(model: nn.Module, rules: list[tuple[hooks.Layer, str]], rows: int) -
 
     def on_output(site: Any, target: int, kept: tuple[Any, ...]) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            tensor = output if isinstance(output, Tensor) else output[0]
             for keep in kept:
-                own[keep, target] = (output if isinstance(output, Tensor) else output[0]).clone()
+                own[keep, target] = tensor - swapped(tensor, site, target)
             return inside(output, site.path, lambda tensor: swapped(tensor, site, target))
 
         return hook
@@ -103,10 +103,13 @@ def plainly(model: nn.Module, rules: list[tuple[hooks.Layer, str]], rows: int) -
     def on_input(site: Any, target: int, restores: bool) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             bound = called(module, args, kwargs)
-            value = own[site, target] if restores else None
             name = site.path[0]
-            new = inside(bound.arguments[name], site.path[1:], lambda tensor: swapped(tensor, site, target, value))
-            bound.arguments[name] = new
+
+            def change(tensor: Tensor) -> Tensor:
+                # what was swapped away comes back; what a ControlNet added stays
+                return tensor + own[site, target] if restores else swapped(tensor, site, target)
+
+            bound.arguments[name] = inside(bound.arguments[name], site.path[1:], change)
             return bound.args[1:], bound.kwargs
 
         return hook
