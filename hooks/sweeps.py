@@ -36,7 +36,7 @@ def denoiser(pipeline: Any) -> nn.Module:
     for name in ("unet", "transformer", "decoder"):  # Stable Cascade's decoder is a U-Net
         if isinstance(found := getattr(pipeline, name, None), nn.Module):
             return found
-    raise ProbekitError(f"{type(pipeline).__name__} has neither a unet nor a transformer")
+    raise ProbekitError(f"{type(pipeline).__name__} has neither a unet nor a transformer nor a decoder")
 
 
 def text_layers(pipeline: Any) -> list[Layer]:
