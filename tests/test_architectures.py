@@ -36,16 +36,17 @@ def build(name: str) -> Any:
 
 
 def places(pipeline: Any, pag: bool = False, adapter: bool = False) -> list[tuple[hooks.Layer, str]]:
-    """Every layer with every stream; of what lies inside others, the first of each kind."""
-    known, seen, found = hooks.layers(hooks.denoiser(pipeline)), set(), []
-    for la in known:
-        if la.inside is not None and ((la.kind, tuple(la.streams)) in seen or (pag and la.kind in ("query", "key", "value"))):
+    """The first and the last layer of each kind in each stack, with every stream; of what lies inside others, the first."""
+    groups: dict[Any, list[hooks.Layer]] = {}
+    for la in hooks.layers(hooks.denoiser(pipeline)):
+        if pag and la.kind in ("query", "key", "value"):
             continue  # perturbed-attention guidance splits the batch there
         if adapter and la.kind == "block" and la.name.startswith("down_blocks"):
             continue
-        seen.add((la.kind, tuple(la.streams)))
-        found += [(la, stream) for stream in la.streams]
-    return found
+        stack = la.name.split(".")[0] if la.inside is None else None
+        groups.setdefault((stack, la.kind, tuple(la.streams)), []).append(la)
+    chosen = {la.name: la for (stack, *_), las in groups.items() for la in (las[0], las[-1 if stack else 0])}
+    return [(la, stream) for la in chosen.values() for stream in la.streams]
 
 
 def options(name: str) -> dict[str, Any]:
@@ -146,6 +147,7 @@ def test_layers_run_in_their_order_and_every_one_of_them_runs(name: str) -> None
     assert len(ran) % len(known) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 def test_e_into_itself_is_e_and_every_layer_and_stream_equals_plain_pytorch_hooks(name: str) -> None:
     pipeline = build(name)

@@ -400,7 +400,7 @@ FAMILIES: dict[str, Family] = {
         _save_ddpm,
         Schedule(steps=6_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True),
         batch=32,
-        keep=(100, 200, 400, 700, 1_100, 1_700, 2_600),
+        keep=(100, 400, 1_100, 1_700, 2_600),
     ),
     # avatar-ddpm's network and schedule: what differs between the two are their pictures
     "photo-ddpm": Family(
@@ -409,7 +409,6 @@ FAMILIES: dict[str, Family] = {
         _save_ddpm,
         Schedule(steps=6_000, learning_rate=1e-3, weight_decay=0.0, bfloat16=True),
         batch=32,
-        keep=(100, 400, 1_100, 2_600),
         data=Photos,
     ),
     "mini-flow": Family(

@@ -97,7 +97,7 @@ _FAMILIES = {
     "avatar-gan": "StyleGAN2 of avatars: z and w of 64",
     "avatar-flow": "Glow of avatars: three levels of eight flows, affine couplings; and its weights as it learned",
     "avatar-ddpm": "DDPM of avatars: UNet2DModel, linear schedule of 1,000 steps; and its weights as it learned",
-    "photo-ddpm": "DDPM of patches of photographs: avatar-ddpm's U-Net and schedule; and its weights as it learned",
+    "photo-ddpm": "DDPM of patches of photographs: avatar-ddpm's U-Net and schedule",
     "mini-flow": "rectified flow of avatars: avatar-ddpm's U-Net, trained to predict velocity",
     "avatar-ldm": "latent diffusion of avatars: a UNet2DModel on avatar-vqvae's grid",
 }
