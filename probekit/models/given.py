@@ -23,7 +23,8 @@ from probekit.sampling.inversions import inverted
 from probekit.sampling.schedule import reversible
 
 METHODS = ("fixed-point", "plain")
-"""Inversions whose way back is the sampling of a pipeline: edict's is its own, and renoised leads to another picture."""
+"""Inversions whose way back is the sampling of a pipeline: edict's is one of its own, and renoised
+draws part of what should lead back."""
 
 GUIDANCE = 1.0
 """The guidance scale of inversion and of what is made again, where nobody says: none.
