@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +12,26 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from probekit import hooks, load
-from probekit.bundled import GUIDANCE, MODELS, WEIGHTS
+from probekit.bundled import GUIDANCE, MODELS, WEIGHTS, borrowed
 from probekit.data.scenes import VALUES, all_scenes, labels, sample_scenes
 from probekit.hooks.errors import ProbekitError
 from probekit.metrics import readers
 from probekit.metrics.roles import NO_ROLE, roles, summarise
-from probekit.zoo import avatar_families, avatar_reader, mini_sd, recipes, scene_clip, scene_reader, scene_vae
+from probekit.zoo import (
+    avatar_families,
+    avatar_reader,
+    mini_sd,
+    planted_sd,
+    recipes,
+    scene_clip,
+    scene_reader,
+    scene_transformers,
+    scene_vae,
+)
 from probekit.zoo.training import Schedule, train
 from tests.conftest import probekit, process
 
@@ -100,6 +113,8 @@ def test_every_recipe_starts_and_what_it_writes_is_read_back(tmp_path: Path, mon
         scene_vae: ["WINDOWS", "WHOLE"],
         mini_sd: ["SCHEDULE"],
         avatar_reader: ["SCHEDULE"],
+        scene_transformers: ["READING"],
+        planted_sd: ["SCHEDULE"],
     }.items():
         for name in names:
             monkeypatch.setattr(module, name, short)
@@ -107,6 +122,7 @@ def test_every_recipe_starts_and_what_it_writes_is_read_back(tmp_path: Path, mon
             monkeypatch.setattr(module, "BATCH", 4)
     families = {name: replace(f, schedule=short, batch=4, keep=(1,)) for name, f in avatar_families.FAMILIES.items()}
     monkeypatch.setattr(avatar_families, "FAMILIES", families)
+    monkeypatch.setattr(scene_transformers, "SCHEDULES", dict.fromkeys(scene_transformers.SCHEDULES, short))
     few = all_scenes()[::500]
     monkeypatch.setattr(mini_sd, "split", lambda held_out: few)
     for name, recipe in recipes.RECIPES.items():
@@ -115,7 +131,8 @@ def test_every_recipe_starts_and_what_it_writes_is_read_back(tmp_path: Path, mon
             made = load(tmp_path / name, device="cpu")
             assert (made.family, made.image_size) == (load(name, device="cpu").family, 32)
             assert load(tmp_path / name / "step-000001", device="cpu").family == made.family
-    assert load(tmp_path / "mini-sd", device="cpu").generate(["a"], [0], num_inference_steps=1).shape == (1, 3, 64, 64)
+    for name in ("mini-sd", *scene_transformers.LENDERS):
+        assert load(tmp_path / name, device="cpu").generate(["a"], [0], num_inference_steps=1).shape == (1, 3, 64, 64)
     monkeypatch.setattr(readers, "weights", lambda name: tmp_path / name)
     for reader in (readers.scene_reader, readers.avatar_reader):
         assert all(torch.isfinite(p).all() for p in reader.__wrapped__().parameters())
@@ -152,16 +169,104 @@ def test_the_scene_clip_tells_captions_apart() -> None:
 
 
 @pytest.mark.slow
-def test_mini_sd_paints_what_its_caption_says() -> None:
+@pytest.mark.parametrize("name", ["mini-sd", "mini-sd3"])
+def test_a_bundled_pipeline_paints_what_its_caption_says(name: str) -> None:
     """On 60 captions that training never saw, to within three standard errors of the bars that `zoo evaluate` prints."""
-    model, reader = load("mini-sd", device="cpu"), readers.scene_reader()
+    model, reader = load(name, device="cpu"), readers.scene_reader()
     scenes = sample_scenes(60, torch.Generator().manual_seed(9), held_out=True)
-    images = model.generate([s.caption for s in scenes], range(60), num_inference_steps=20, guidance_scale=GUIDANCE["mini-sd"])
+    images = model.generate([s.caption for s in scenes], range(60), num_inference_steps=20, guidance_scale=GUIDANCE[name])
     assert images.shape == (60, 3, 64, 64) and images.min() >= -1 and images.max() <= 1
     seen, truth = reader.read(images), labels(scenes)
     for attribute, bar in {"kind": 0.9, "colour": 0.95, "place": 0.95, "ground": 0.95, "texture": 0.95}.items():
         share = (seen[attribute] == truth[attribute]).float().mean().item()
         assert share >= bar - 3 * (bar * (1 - bar) / 60) ** 0.5, attribute
+
+
+@pytest.fixture(scope="module")
+def few_scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[mini_sd.SceneCodes]:
+    few = all_scenes()[::1000]
+    vae = AutoencoderKL.from_pretrained(WEIGHTS / "mini-sd" / "vae")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mini_sd, "split", lambda held_out: few)
+        yield mini_sd.SceneCodes(vae, tmp_path_factory.mktemp("codes") / "codes.safetensors")
+
+
+def test_cells_around_the_object_count_more_only_where_the_caption_tells_of_it(few_scenes: mini_sd.SceneCodes) -> None:
+    error, empty = torch.ones(2, 4, 16, 16), len(few_scenes.captions) - 1
+    assert few_scenes.captions[empty] == ""
+    inside = few_scenes.objects[3].float().mean().item()
+    assert 0 < inside < 0.5
+    told = few_scenes.mean(error, torch.tensor([3, empty])).item()
+    assert told == pytest.approx((1 + (1 + (mini_sd.OBJECT_WEIGHT - 1) * inside)) / 2)
+
+
+Losses = scene_transformers.Flowing | scene_transformers.Denoising
+
+
+def _with_loss(name: str, scenes: mini_sd.SceneCodes) -> tuple[torch.nn.Module, Losses]:
+    """A transformer that is past its beginning, where its gates are shut, and what it is trained by."""
+    torch.manual_seed(0)
+    words = CLIPTokenizer.from_pretrained(WEIGHTS / "mini-sd" / "tokenizer")
+    if name == "mini-sd3":
+        network = scene_transformers.sd3()
+        network.set_attn_processor(scene_transformers._LastTokenRepeated())
+        clip = CLIPTextModelWithProjection.from_pretrained(WEIGHTS / "scene-clip", dtype=torch.float32)
+        made: tuple[torch.nn.Module, Losses] = network, scene_transformers.Flowing(clip, words, scenes)
+    else:
+        made = scene_transformers.dit(), scene_transformers.Denoising(scene_transformers.Reading(words).t5, words, scenes)
+    for p in made[0].parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    return made
+
+
+@pytest.mark.parametrize("name", scene_transformers.LENDERS)
+def test_a_transformers_loss_repeats_with_its_generator_and_reaches_all_that_is_read(
+    name: str, few_scenes: mini_sd.SceneCodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mini_sd, "BATCH", 4)
+    network, loss = _with_loss(name, few_scenes)
+    one, two, other = (loss(network, torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+    torch.autograd.backward(one)
+    # the last block's text goes nowhere, so nobody reads what it asks for
+    unread = "transformer_blocks.5.attn.add_q_proj"
+    for key, p in network.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), key
+        assert (name == "mini-sd3" and key.startswith(unread)) or p.grad.abs().max() > 0, key
+    tokens = loss.tokens if isinstance(loss, scene_transformers.Flowing) else loss.told.input_ids
+    tokens.copy_(tokens.roll(1, 0))
+    assert not torch.equal(loss(network, torch.Generator().manual_seed(1))[0], one), "captions are not read"
+
+
+def test_one_token_that_counts_for_many_is_the_same_as_many() -> None:
+    torch.manual_seed(0)
+    network = scene_transformers.sd3()
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    told = {"hidden_states": torch.randn(2, 4, 16, 16), "timestep": torch.tensor([900.0, 30.0]), "return_dict": False}
+    told["pooled_projections"], text = torch.randn(2, 192), torch.randn(2, 20, 192)
+    with torch.no_grad():
+        many = network(encoder_hidden_states=torch.nn.functional.pad(text, (0, 0, 0, 256)), **told)[0]
+        network.set_attn_processor(scene_transformers._LastTokenRepeated())
+        padded = torch.nn.functional.pad(text, (0, 0, 0, 1))
+        one, single = (
+            network(encoder_hidden_states=padded, joint_attention_kwargs={"repeats": n}, **told)[0] for n in (256.0, 1.0)
+        )
+    torch.testing.assert_close(one, many, atol=1e-4, rtol=1e-4)
+    assert (single - many).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["mini-sd3"])
+def test_a_pipeline_that_borrows_is_whole_where_it_is_loaded_and_where_it_is_saved(name: str, tmp_path: Path) -> None:
+    lenders = borrowed(WEIGHTS / name)
+    assert lenders == {part: WEIGHTS / place for part, place in scene_transformers.LENDERS[name].items()}
+    assert not any((WEIGHTS / name / part).exists() for part in lenders)
+    model = load(name, device="cpu")
+    model.pipeline.save_pretrained(tmp_path)
+    again = load(tmp_path, device="cpu")
+    assert (tmp_path / "vae" / "config.json").exists() and again.weights == model.weights
+    caption, options = all_scenes()[123].caption, {"num_inference_steps": 2, "guidance_scale": GUIDANCE[name]}
+    assert torch.equal(again.generate([caption], [0], **options), model.generate([caption], [0], **options))
 
 
 def test_a_prompt_is_encoded_once() -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SCHEDULES = {
     "mini-sd3": Schedule(steps=5000, learning_rate=1.5e-3, warmup=300, ema=0.999, bfloat16=True),
-    "mini-dit": Schedule(steps=7000, learning_rate=1.5e-3, warmup=300, ema=0.999, bfloat16=True),
+    "mini-dit": Schedule(steps=5500, learning_rate=1.5e-3, warmup=300, ema=0.999, bfloat16=True),
 }
 READING = Schedule(steps=400, learning_rate=2e-3, ema=0.99)
 SHIFT = 3.0
