@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Mapping
@@ -104,7 +105,7 @@ class InjectSweep(Experiment):
     by_time: Annotated[bool, typer.Option("--by-time", help="Cut the steps into windows: a layer x time map.")] = False
     windows: Annotated[int | None, typer.Option(min=2, help="Windows of --by-time. [default: 4]")] = None
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto"
-    batch_size: Annotated[int | None, typer.Option(min=2, help="Rows at a time. [default: by the model's size]")] = field(
+    batch_size: Annotated[int | None, typer.Option(min=3, help="Rows at a time. [default: by the model's size]")] = field(
         default=None, compare=False
     )
 
@@ -290,12 +291,18 @@ class InjectSweep(Experiment):
             method=self.inversion,
             separate=self.separate_noise,
         )
-        original = (pair.original, starts.original)
-        swept = self.painter.sweep(original, (pair.edit, starts.edit), [[], *rules], seed=self.seed, **call)
-        null = self.painter.sweep(original, (pair.unrelated, starts.unrelated), rules, seed=self.seed, **call)
-        o, e, u = swept.images[0].cpu(), swept.edit.cpu(), null.edit.cpu()
+        of_null = [[dataclasses.replace(injection, source=hooks.Row(1)) for injection in rule] for rule in rules]
+        swept = self.painter.sweep(
+            (pair.original, starts.original),
+            (pair.edit, starts.edit),
+            [[], *rules, *of_null],
+            others=[(pair.unrelated, starts.unrelated)],
+            seed=self.seed,
+            **call,
+        )
+        o, e, u = swept.images[0], swept.edit, swept.others[0]
         errors = starts.errors({"original": o, "edit": e})
-        donors = {"edit": swept.images[1:].cpu(), "unrelated": null.images.cpu()}
+        donors = dict(zip(("edit", "unrelated"), swept.images[1:].chunk(2), strict=True))
         rows: list[dict[str, Any]] = []
         for descriptor in self._descriptors(pair):
             for donor, images in donors.items():
@@ -356,10 +363,10 @@ def _score(descriptor: Descriptor, o: Tensor, e: Tensor, images: Tensor) -> list
 
 
 def rows_at_a_time(model: Model) -> int:
-    """Batch rows that a model of this size is given by default: 64 at 16x16 latents, 8 at 64x64, 2 at 128x128."""
+    """Batch rows that a model of this size is given by default: 64 at 16x16 latents, 8 at 64x64, 3 at 128x128."""
     size: Any = getattr(model.denoiser.config, "sample_size", None) or 128
     side = size if isinstance(size, int) else max(size)
-    return max(2, min(64, 32_768 // side**2))
+    return max(3, min(64, 32_768 // side**2))
 
 
 # --- given pictures ------------------------------------------------------------------------------------------------------

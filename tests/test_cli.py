@@ -353,7 +353,7 @@ def _as_typed(name: str, value: Any) -> list[str]:
         ({"num_steps": 0}, "--num-steps 0: at least 1"),
         ({"seed": -1}, "--seed -1: at least 0"),
         ({"layers": "mid_block"}, "--layers 'mid_block': a list"),
-        ({"batch_size": 1}, "--batch-size 1: at least 2"),
+        ({"batch_size": 1}, "--batch-size 1: at least 3"),
     ],
 )
 def test_values_that_typer_would_refuse_are_refused_from_python_too(options: dict[str, Any], said: str) -> None:
