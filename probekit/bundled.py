@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-PIPELINES = ("mini-sd", "mini-sd3", "planted-sd")
+PIPELINES = ("mini-sd", "mini-sd3", "mini-dit", "planted-sd")
 """Bundled text-to-image pipelines."""
 
 MODELS = ("avatar-vae", "avatar-vqvae", "avatar-gan", "avatar-flow", "avatar-ddpm", "photo-ddpm", "mini-flow", "avatar-ldm")

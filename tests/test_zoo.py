@@ -141,8 +141,8 @@ def test_every_recipe_starts_and_what_it_writes_is_read_back(tmp_path: Path, mon
         recipes.find("avatar-vea")
 
 
-def test_all_weights_together_stay_below_90_mib() -> None:
-    assert 0 < sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) < 90 * 2**20
+def test_all_weights_together_stay_below_96_mb() -> None:
+    assert 0 < sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) < 96e6
 
 
 def test_every_word_of_a_caption_is_one_token() -> None:
@@ -169,7 +169,7 @@ def test_the_scene_clip_tells_captions_apart() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mini-sd", "mini-sd3"])
+@pytest.mark.parametrize("name", ["mini-sd", *scene_transformers.LENDERS])
 def test_a_bundled_pipeline_paints_what_its_caption_says(name: str) -> None:
     """On 60 captions that training never saw, to within three standard errors of the bars that `zoo evaluate` prints."""
     model, reader = load(name, device="cpu"), readers.scene_reader()
@@ -256,7 +256,7 @@ def test_one_token_that_counts_for_many_is_the_same_as_many() -> None:
     assert (single - many).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("name", ["mini-sd3"])
+@pytest.mark.parametrize("name", scene_transformers.LENDERS)
 def test_a_pipeline_that_borrows_is_whole_where_it_is_loaded_and_where_it_is_saved(name: str, tmp_path: Path) -> None:
     lenders = borrowed(WEIGHTS / name)
     assert lenders == {part: WEIGHTS / place for part, place in scene_transformers.LENDERS[name].items()}

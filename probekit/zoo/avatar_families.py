@@ -21,6 +21,7 @@ from probekit.data.dataset import Dataset
 from probekit.data.photos import Photos
 from probekit.models.families import glow, stylegan2, vae, vqvae
 from probekit.progress import progress
+from probekit.zoo import lending
 from probekit.zoo.measured import Measured
 from probekit.zoo.training import Schedule, train
 
@@ -361,7 +362,8 @@ def _save_rectified_flow(network: Any, folder: Path) -> None:
 def _save_ldm(network: Any, folder: Path) -> None:
     from diffusers import LDMPipeline
 
-    LDMPipeline(copy.deepcopy(_vqvae()).half(), network.half(), ddpm_scheduler()).save_pretrained(folder)
+    pipeline = LDMPipeline(copy.deepcopy(_vqvae()).half(), network.half(), ddpm_scheduler())
+    lending.save(pipeline, folder, {"vqvae": "avatar-vqvae"})
 
 
 FAMILIES: dict[str, Family] = {
@@ -392,7 +394,7 @@ FAMILIES: dict[str, Family] = {
         _save_own("glow"),
         Schedule(steps=5_000, learning_rate=1e-3, weight_decay=0.0),
         batch=32,
-        keep=(100, 300, 700, 1_500, 3_500),
+        keep=(100, 700, 1_500, 3_500),
     ),
     "avatar-ddpm": Family(
         build_ddpm,

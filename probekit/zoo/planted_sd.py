@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from probekit.data.scenes import COLOURS, FACTORS, KINDS, PLACES, SIZES, TEXTURES
-from probekit.zoo import mini_sd, scene_clip
+from probekit.zoo import lending, mini_sd, scene_clip
 from probekit.zoo.training import Schedule, train
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def train_and_save(folder: Path, checkpoints: Path, *, seed: int = 0, vae_folder
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.to(torch.float16).save_pretrained(folder)
+    lending.save(pipeline.to(torch.float16), folder, {"vae": "mini-sd/vae"})
 
 
 def _hadamard() -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from probekit.bundled import BORROWED, weights
+from probekit.bundled import weights
 from probekit.data.scenes import VALUES, labels, sample_scenes
-from probekit.files import write_whole
-from probekit.zoo import mini_sd
+from probekit.zoo import lending, mini_sd
 from probekit.zoo.mini_sd import SceneCodes
 from probekit.zoo.training import Loss, Schedule, train
 
@@ -255,8 +253,4 @@ def train_and_save(name: str, folder: Path, checkpoints: Path, *, seed: int = 0)
     transformer.set_attn_processor(written_out)
     train(transformer, loss, SCHEDULES[name], checkpoint=checkpoints / f"{name}.pt", seed=seed, title=name)
     transformer.set_attn_processor(fused)
-    pipeline.to(torch.float16).save_config(folder)
-    for part, component in pipeline.components.items():
-        if component is not None and part not in places:
-            component.save_pretrained(folder / part)
-    write_whole(folder / BORROWED, json.dumps(LENDERS[name], indent=2).encode())
+    lending.save(pipeline.to(torch.float16), folder, LENDERS[name])

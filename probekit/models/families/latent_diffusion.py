@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from probekit.bundled import borrowed
 from probekit.hooks.errors import ProbekitError
 from probekit.models import hub
 from probekit.models.families import vqvae
@@ -125,9 +126,11 @@ def load_folder(path: str | Path, name: str) -> Model:
         transformer = hub.load_part(diffusers.DiTTransformer2DModel, place, "transformer", name)
         vae = hub.load_part(diffusers.AutoencoderKL, place, "vae", name)
         return dit(transformer, vae, scheduler, name)
-    vq = hub.load_part(diffusers.VQModel, place, "vqvae", name)
+    lent = borrowed(Path(place)).get("vqvae")
+    vq_place, vq_part = (place, "vqvae") if lent is None else (str(lent), None)
+    vq = hub.load_part(diffusers.VQModel, vq_place, vq_part, name)
     # the first models' files name no factor, as CompVis/ldm-celebahq-256's, and have none; diffusers' default is not theirs
-    stored = diffusers.VQModel.load_config(place, subfolder="vqvae")
+    stored = diffusers.VQModel.load_config(vq_place, subfolder=vq_part)
     vq.register_to_config(scaling_factor=stored.get("scaling_factor", 1.0))
     unet = hub.load_part(diffusers.UNet2DModel, place, "unet", name)
     return ldm(vq, unet, scheduler, name)
