@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from probekit.experiments.loading import Dtype, Offload, Variant
 from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Bench, Experiment, Unit, Work, names
 
@@ -40,7 +41,9 @@ class Denoising(Experiment):
     label: Annotated[int | None, typer.Option(min=0, help="The class of a DiT's images, by its number.")] = None
     guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 is none, and inversion likes none.")] = 1.0
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of noise, samples and bootstrap.")] = 0
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16; text-to-image models only.")] = "auto"
+    dtype: Dtype = "auto"
+    variant: Variant = None
+    offload: Offload = dataclasses.field(default="none", compare=False)
     batch_size: Annotated[int, typer.Option(min=1, max=64, help="How many pictures go through the model at a time.")] = (
         dataclasses.field(default=32, compare=False)
     )
@@ -55,7 +58,7 @@ class Denoising(Experiment):
         """The model under its condition. Raises ProbekitError as `probekit.load` and `Model.conditioned`."""
         from probekit.models import load
 
-        model = load(self.model, device=self.device, dtype=self.dtype)
+        model = load(self.model, device=self.device, dtype=self.dtype, variant=self.variant, offload=self.offload)
         return model.conditioned(prompt=self.prompt, label=self.label, guidance=self.guidance)
 
     @property

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from probekit.experiments.denoising import BLOCK
+from probekit.experiments.loading import Dtype
 from probekit.experiments.training import OnTraining, step_unit
 from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Bench, Findings, Unit, Work
@@ -46,7 +47,7 @@ class DynamicsDiffusion(OnTraining):
     prompt: Annotated[str | None, typer.Option(help="The caption of a text-to-image model's images.")] = None
     label: Annotated[int | None, typer.Option(min=0, help="The class of a DiT's images, by its number.")] = None
     guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 is none.")] = 1.0
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16; text-to-image models only.")] = "auto"
+    dtype: Dtype = "auto"
     batch_size: Annotated[int, typer.Option(min=1, max=64, help="How many pictures go through the model at a time.")] = (
         dataclasses.field(default=32, compare=False)
     )

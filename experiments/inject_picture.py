@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from probekit.experiments.loading import Dtype, Offload, Variant
 from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Options
 
@@ -43,7 +44,9 @@ class _Picture(Options):
     ] = None
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the noise.")] = 0
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto"
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto"
+    dtype: Dtype = "auto"
+    variant: Variant = None
+    offload: Offload = "none"
     out: Annotated[Path, typer.Option(help="The picture to write: O, E and the result, side by side.")] = Path("injected.png")
 
     def __post_init__(self) -> None:
@@ -70,7 +73,7 @@ class _Picture(Options):
         from probekit.report.injection import given
 
         out, when = Path(self.out), hooks.Steps.parse(self.steps)
-        loaded = load(self.model, device=self.device, dtype=self.dtype)
+        loaded = load(self.model, device=self.device, dtype=self.dtype, variant=self.variant, offload=self.offload)
         images = [None if file is None else str(file) for file in (self.image_original, self.image_edit)]
         pair = Pair(OWN, OWN, self.prompt_original, self.prompt_edit, "", 0, *images)
         guidance = self.guidance

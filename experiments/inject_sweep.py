@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from probekit.experiments.loading import Dtype, Offload, Variant
 from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Bench, Experiment, Findings, Unit, Work
 
@@ -104,7 +105,9 @@ class InjectSweep(Experiment):
     separate_noise: Annotated[bool, typer.Option("--separate-noise", help="Give E a noise of its own.")] = False
     by_time: Annotated[bool, typer.Option("--by-time", help="Cut the steps into windows: a layer x time map.")] = False
     windows: Annotated[int | None, typer.Option(min=2, help="Windows of --by-time. [default: 4]")] = None
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto"
+    dtype: Dtype = "auto"
+    variant: Variant = None
+    offload: Offload = field(default="none", compare=False)
     batch_size: Annotated[int | None, typer.Option(min=3, help="Rows at a time. [default: by the model's size]")] = field(
         default=None, compare=False
     )
@@ -179,7 +182,7 @@ class InjectSweep(Experiment):
         """The model as it is."""
         from probekit.models import load
 
-        return load(self.model, device=self.device, dtype=self.dtype)
+        return load(self.model, device=self.device, dtype=self.dtype, variant=self.variant, offload=self.offload)
 
     @property
     def painter(self) -> Painter:
@@ -263,6 +266,34 @@ class InjectSweep(Experiment):
         size = 2 * len(self.swept_windows) * len(self.swept_layers) + 1
         return [Unit(pair.name, size) for pair in self.swept_pairs]
 
+    def costs(self) -> str:
+        """How many pictures and rows, and the memory that they take."""
+        from probekit.models.memory import human
+
+        pairs, rows = self.plan(), self._rows_at_a_time
+        memory = {what: human(size) for what, size in self._memory.items()}
+        return (
+            f"{len(pairs)} pair{'s' * (len(pairs) > 1)} of {pairs[0].size} pictures, at most {rows} at a time; weights take "
+            f"{memory['weights']}, a picture about {memory['row']}, {memory['free']} are free"
+        )
+
+    @functools.cached_property
+    def _memory(self) -> dict[str, int]:
+        """Bytes of the weights and of a row, and those that are free beside the weights."""
+        from probekit.models import memory
+
+        told = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
+        free = memory.free(self.painter.pipeline._execution_device)
+        return {"weights": memory.of_weights(self.painter), "row": memory.of_a_row(self.painter, **told), "free": free}
+
+    @property
+    def _rows_at_a_time(self) -> int:
+        """Those asked for, else by the size of the model's latents, if memory has room for them."""
+        from probekit.models.memory import SHARE
+
+        fit = int(SHARE * self._memory["free"] / max(self._memory["row"], 1))
+        return self.batch_size or max(3, min(rows_at_a_time(self.loaded), fit))
+
     def work(self, unit: Unit, bench: Bench) -> Work:
         """A row a descriptor, donor, window and layer, with its transfer and damage; the pictures O, E, U and WINDOW_LAYER.
 
@@ -277,7 +308,7 @@ class InjectSweep(Experiment):
         rules = [[hooks.Injection(la.name, steps=steps, stream=self.stream)] for _, steps, la in places]
         call: dict[str, Any] = {
             "num_inference_steps": self.num_steps,
-            "batch_size": self.batch_size or rows_at_a_time(self.loaded),
+            "batch_size": self._rows_at_a_time,
             "on_batch": bench.advance,
         }
         if self.guidance_scale is not None:

@@ -18,6 +18,9 @@ from .injections import Injection, inject
 from .pictures import pictures
 from .rows import needed
 
+DENOISER_NAMES = ("unet", "transformer", "decoder")
+"""The components that may be a pipeline's denoiser; Stable Cascade's decoder is a U-Net."""
+
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 """The components whose layers are named with the component's name before them."""
 
@@ -33,7 +36,7 @@ class Swept:
 
 def denoiser(pipeline: Any) -> nn.Module:
     """The U-Net or transformer of a diffusers pipeline. Raises ProbekitError when it has neither."""
-    for name in ("unet", "transformer", "decoder"):  # Stable Cascade's decoder is a U-Net
+    for name in DENOISER_NAMES:
         if isinstance(found := getattr(pipeline, name, None), nn.Module):
             return found
     raise ProbekitError(f"{type(pipeline).__name__} has neither a unet nor a transformer nor a decoder")
@@ -99,14 +102,16 @@ def sweep(
         part = rules[len(images) : len(images) + size - len(donors)]
         try:
             made = _batch(pipeline, [*donors, *[original] * len(part)], part, len(donors), options)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:
             if not _is_full(error):
                 raise
             if len(part) < 2:
                 raise ProbekitError(
-                    f"batch size {size}: memory does not suffice for {len(donors) + len(part)} rows; half precision (dtype) "
-                    "or offloading need less"
+                    f"batch size {size}: memory does not suffice for {len(donors) + len(part)} rows "
+                    f"({' '.join(str(error).split())[:80]}); half precision (dtype) or offloading need less"
                 ) from error
+            made = None  # what the error's traceback holds is given back only where the error is gone
+        if made is None:
             size = len(donors) + len(part) // 2
             gc.collect()
             if torch.cuda.is_available():
@@ -151,5 +156,7 @@ def _batch(
 
 
 def _is_full(error: BaseException) -> bool:
-    """Whether memory did not suffice; on the CPU torch says so in a RuntimeError."""
-    return not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    """Whether memory did not suffice; on the CPU torch and oneDNN say so in a RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(said in str(error) for said in ("allocate memory", "bad_alloc", "could not create a primitive"))

@@ -15,6 +15,7 @@ from probekit import ProbekitError, __version__
 from probekit.experiments import EXPERIMENTS, find
 from probekit.experiments.inject_picture import InjectImage, InjectScript
 from probekit.experiments.latents_encode import LatentsEncode
+from probekit.experiments.loading import Dtype, Offload, Variant
 from probekit.runs.experiment import Experiment, signature
 
 app = typer.Typer(
@@ -105,14 +106,16 @@ def layers(
     model: Annotated[str, typer.Argument(help="A bundled model, a local diffusers folder or a hub id.")],
     select: Annotated[list[str] | None, typer.Option("--layers", help="Names, globs or groups; repeat for more.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    dtype: Dtype = "auto",
+    variant: Variant = None,
+    offload: Offload = "none",
 ) -> None:
     """List a model's layers: order, type, streams, output shape, parameters."""
     from probekit import hooks
     from probekit.models import load
     from probekit.report.terminal import print_layers
 
-    loaded = load(model, device=device, dtype=dtype)
+    loaded = load(model, device=device, dtype=dtype, variant=variant, offload=offload)
     print_layers(loaded, hooks.select(loaded.layers, select or ["@all"]))
 
 

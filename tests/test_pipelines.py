@@ -301,6 +301,7 @@ DRAWING: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ddpm": ("sd", "DDPMScheduler", {}),
     "lcm": ("lcm", "LCMScheduler", {}),
     "dpm-solver++ sde": ("sd", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm-solver sde": ("sd", "DPMSolverSDEScheduler", {}),
     "flow": ("sd3", "FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
     "flow lcm": ("flux", "FlowMatchLCMScheduler", {}),
 }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from probekit.bundled import MODELS, PIPELINES, trained, weights
 from probekit.hooks.errors import ProbekitError
@@ -23,12 +23,9 @@ from probekit.models.families import (
     vqvae,
 )
 from probekit.models.formats import HUB_ID, Format, Place
-from probekit.models.hub import choose_device
+from probekit.models.hub import check_offload, choose_device
 from probekit.models.model import Model
 from probekit.models.papers import ddpm, diffusevae, rosinality, stylegan2_ada
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["FORMATS", "Model", "load", "load_space", "load_spaces"]
 
@@ -50,7 +47,9 @@ FORMATS: list[Format] = [
 _SUFFIXES = (".ckpt", ".pkl", ".pt", ".pth", ".safetensors")
 
 
-def load(name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto") -> Model:
+def load(
+    name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto", variant: str | None = None, offload: str = "none"
+) -> Model:
     """Load a generative model; of which family it is, is recognised (`FORMATS`).
 
     name_or_path: a bundled model (`mini-sd`, `avatar-vae`, …) or `random`; a folder that diffusers' `save_pretrained` wrote;
@@ -60,31 +59,35 @@ def load(name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto")
     device: `auto` (cuda, then mps, then cpu) or a torch device. dtype: `auto` (float32 on the CPU, elsewhere bfloat16 for
     transformers and float16 for U-Nets), or `float32`, `float16`, `bfloat16`; only text-to-image models compute in other than
     float32.
+    variant: which of a pipeline's files, such as `fp16`, which is found by itself where it serves. offload: what of a pipeline
+    waits on the CPU until the GPU needs it: `none`, whole parts (`model`), or single modules (`sequential`: slowest, smallest).
 
     Raises ProbekitError, in one line, for what is none of these and for a folder or file that cannot be read.
     """
     name = str(name_or_path)
     chosen = choose_device(device)
+    check_offload(offload, chosen)
     if name == "random":
         return random.as_model()
+    place = Place(name, _path(name_or_path), chosen, dtype, variant, offload)
     if re.search(r"\.py:\w+$", name):
         file, _, class_name = name.rpartition(":")
-        return _on(chosen, dtype, custom.load_class(Path(file).expanduser(), class_name))
-    path = _path(name_or_path)
+        return _on(place, custom.load_class(Path(file).expanduser(), class_name))
+    path = place.path
     if name in (*PIPELINES, *MODELS):
         if not trained(name):
             raise ProbekitError(f"model {name!r}: is not trained yet; probekit zoo train {name}")
         path = weights(name)
+        place = dataclasses.replace(place, path=path)
     if not (path.is_file() or path.is_dir()) and (path.exists() or path.suffix in _SUFFIXES or not re.fullmatch(HUB_ID, name)):
         bundled = [*PIPELINES, *MODELS, "random"]
         near = difflib.get_close_matches(name, bundled, n=1) or bundled
         raise ProbekitError(
             f"model {name!r}: neither a bundled model ({', '.join(near)}) nor a folder nor a file nor a hub id (owner/name)"
         )
-    place = Place(name, path, chosen, dtype)
     for known in FORMATS:
         if known.matches(place):
-            return _on(chosen, dtype, known.load(place))
+            return _on(place, known.load(place))
     raise ProbekitError(_unknown(place))
 
 
@@ -131,14 +134,17 @@ def _split(spec: str) -> tuple[str, str]:
     return parts[0], ":".join(parts[1:])
 
 
-def _on(device: torch.device, dtype: str, loaded: Model) -> Model:
-    """The model on that device. Raises ProbekitError for a precision that it does not compute in."""
+def _on(place: Place, loaded: Model) -> Model:
+    """The model on its device. Raises ProbekitError for a precision that it does not compute in, and what is for pipelines."""
     if loaded.paints is not None:
         return loaded
-    if dtype not in ("auto", "float32"):
-        raise ProbekitError(f"dtype {dtype!r}: a {loaded.family} computes in float32")
+    if place.dtype not in ("auto", "float32"):
+        raise ProbekitError(f"dtype {place.dtype!r}: a {loaded.family} computes in float32")
+    if place.variant is not None or place.offload != "none":
+        option = f"--variant {place.variant!r}" if place.variant is not None else f"--offload {place.offload!r}"
+        raise ProbekitError(f"{option}: is for text-to-image pipelines; model {place.name!r} is a {loaded.family}")
     if loaded.network is not None:
-        loaded.network.to(device).eval()
+        loaded.network.to(place.device).eval()
     return loaded
 
 

@@ -28,14 +28,16 @@ HUB_ID = r"[\w.-]+/[\w.-]+"
 class Place:
     """What a name refers to: a file, a folder, or a hub id; read as far as a format needs to recognise it.
 
-    name: how the model was asked for. path: the file or folder, for a hub id where a folder would be. device, dtype: where,
-    and in which precision, the model is wanted.
+    name: how the model was asked for. path: the file or folder, for a hub id where a folder would be. device, dtype, variant,
+    offload: where, in which precision, from which files, and how much of it at a time on the device the model is wanted.
     """
 
     name: str
     path: Path
     device: torch.device
     dtype: str = "auto"
+    variant: str | None = None
+    offload: str = "none"
 
     @property
     def at(self) -> str | Path:

@@ -1,9 +1,10 @@
-"""What diffusers and transformers load: a local folder or a hub id, onto which device, in which precision."""
+"""What diffusers and transformers load: which files of a folder or hub id, onto which device, in which precision."""
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +42,103 @@ def load_part(kind: Any, place: str, part: str | None, name: str) -> Any:
     try:
         network, report = kind.from_pretrained(place, subfolder=part, output_loading_info=True)
     except Exception as error:  # diffusers, safetensors and the hub raise a dozen kinds
-        reason = " ".join(str(error).split())[:160]
-        raise ProbekitError(f"model {name!r}: could not be loaded ({type(error).__name__}: {reason})") from error
+        raise not_loaded(name, error) from error
     if missing := sorted(report["missing_keys"]):
         raise ProbekitError(f"model {name!r}: its weights lack {len(missing)} tensors, {missing[0]!r} first")
     return network.float().eval()
+
+
+def not_loaded(name: str, error: BaseException) -> ProbekitError:
+    """What to say where diffusers, transformers or the hub could not load a model; gated and hidden repositories by name."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    causes = list(_causes(error))
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return ProbekitError(
+            f"model {name!r}: is gated; accept its licence at https://huggingface.co/{name}, then log in with `hf auth login` "
+            "(or set HF_TOKEN) and run this again"
+        )
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return ProbekitError(
+            f"model {name!r}: the hub has no such repository, or a private one; check the name, or log in with `hf auth login`"
+        )
+    reason = " ".join(str(error).split())[:200]
+    return ProbekitError(f"model {name!r}: could not be loaded ({type(error).__name__}: {reason})")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it came of."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+_VARIANT = re.compile(r"^(?:diffusion_pytorch_model|pytorch_model|model)\.(\w+)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)$")
+"""A file of weights in other than a pipeline's plain form, such as `diffusion_pytorch_model.fp16.safetensors`."""
+_PLAIN = re.compile(r"^(?:diffusion_pytorch_model|pytorch_model|model)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)$")
+
+
+def choose_variant(place: str | Path, name: str, asked: str | None, dtype: torch.dtype, denoisers: Iterable[str]) -> str | None:
+    """Which form of a pipeline's weights to load; None is the plain one.
+
+    asked: the variant's name, or None: `fp16` where the model is wanted in half precision and its denoiser has that, which is
+    half of the download, and where nothing else is there. Raises ProbekitError for a variant that no part of the pipeline has.
+    """
+    import torch
+
+    parts = _files(place)
+    found = {variant[1] for files in parts.values() for file in files if (variant := _VARIANT.match(file))}
+    if asked is not None:
+        if asked not in found:
+            there = f"it has {', '.join(sorted(found))}" if found else "it has its plain weights only"
+            raise ProbekitError(f"--variant {asked!r}: model {name!r} has none; {there}")
+        return asked
+    files = [file for part in denoisers for file in parts.get(part, ())]
+    half = any((variant := _VARIANT.match(file)) and variant[1] == "fp16" for file in files)
+    return "fp16" if half and (dtype != torch.float32 or not any(_PLAIN.match(file) for file in files)) else None
+
+
+def _files(place: str | Path) -> dict[str, list[str]]:
+    """The names of a pipeline's files by its parts; of a hub id those on the hub, without a network those kept from it."""
+    if isinstance(place, Path):
+        listed = [file.relative_to(place) for file in place.glob("*/*")]
+    else:
+        from huggingface_hub import list_repo_files, snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+        try:
+            listed = [Path(file) for file in list_repo_files(place)]
+        except HfHubHTTPError:  # gated, hidden or not there: loading tells which
+            raise
+        except (OfflineModeIsEnabled, OSError):
+            kept = Path(snapshot_download(place, local_files_only=True))
+            listed = [file.relative_to(kept) for file in kept.glob("*/*")]
+    parts: dict[str, list[str]] = {}
+    for file in listed:
+        if len(file.parts) == 2:
+            parts.setdefault(file.parts[0], []).append(file.name)
+    return parts
+
+
+OFFLOADS = ("none", "model", "sequential")
+
+
+def put_on(pipeline: Any, device: torch.device, offload: str) -> None:
+    """Move a pipeline to a device: whole, or from the CPU as its parts (`model`) or their modules (`sequential`) are called."""
+    if offload == "none":
+        pipeline.to(device)
+    elif offload == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.enable_sequential_cpu_offload(device=device)
+
+
+def check_offload(offload: str, device: torch.device) -> None:
+    """Raises ProbekitError for a way of offloading that there is not, and for one from the CPU to the CPU."""
+    if offload not in OFFLOADS:
+        raise ProbekitError(f"--offload {offload!r}: choose {', '.join(OFFLOADS)}")
+    if offload != "none" and device.type == "cpu":
+        raise ProbekitError(f"--offload {offload!r}: keeps weights on the CPU until a GPU needs them; here all runs on the CPU")
 
 
 def choose_device(device: str) -> torch.device:

@@ -218,9 +218,18 @@ class Model:
     def weights(self) -> str:
         """A fingerprint of the weights, 12 hex digits: the tensors' names, shapes and values."""
         fingerprint = hashlib.sha256(f"{self.family}{self.source}".encode())
-        for key, value in sorted(self.network.state_dict().items()) if self.network is not None else ():
+        for key, value in sorted(_values(self.network).items()) if self.network is not None else ():
             fingerprint.update(f"{key}{tuple(value.shape)}".encode() + value.detach().float().cpu().numpy().tobytes())
         return fingerprint.hexdigest()[:12]
+
+
+def _values(network: nn.Module) -> dict[str, Tensor]:
+    """The weights by name, of modules too that have them only while they compute."""
+    if not any(p.is_meta for p in network.parameters()):
+        return network.state_dict()
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+    return get_state_dict_offloaded_model(network)
 
 
 def _told(part: Any) -> dict[str, Any]:

@@ -146,6 +146,8 @@ def _do(experiment: Experiment, opened: Run, unit: Unit, advance: Advance) -> No
 
 
 def _here(experiment: Experiment, opened: Run, queue: _Queue) -> None:
+    if queue.at_start < queue.total and (said := experiment.costs()):
+        print(said, flush=True)
     with progress(experiment.name, queue.total, done=queue.at_start) as advance:
         group = ""
         while (unit := queue.next(group)) is not None:

@@ -123,6 +123,10 @@ class Experiment(Options, ABC):
     def work(self, unit: Unit, bench: Bench) -> Work:
         """One unit; it depends on the options and the unit alone."""
 
+    def costs(self) -> str:
+        """One line on what the units will take, said before the first; nothing where that is not known."""
+        return ""
+
     @abstractmethod
     def findings(self, run: Run, rows: pd.DataFrame) -> Findings:
         """What the rows of all units come to. Raises ProbekitError where they come to nothing."""
@@ -153,11 +157,13 @@ class Experiment(Options, ABC):
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
-        """The experiment of a run's options. Raises ProbekitError for options that it does not have."""
-        known = {f.name: f for f in dataclasses.fields(cls) if f.compare}
-        if odd := sorted(set(options) ^ set(known)):
-            how = "missing" if odd[0] in known else "unknown"
-            raise ProbekitError(f"config.json: option {odd[0]!r} is {how} for {cls.name}")
+        """The experiment of a run's options; one that is younger than the run is as it is by default.
+
+        Raises ProbekitError for options that it does not have.
+        """
+        known = {f.name for f in dataclasses.fields(cls) if f.compare}
+        if odd := sorted(set(options) - known):
+            raise ProbekitError(f"config.json: option {odd[0]!r} is unknown for {cls.name}")
         hints = typing.get_type_hints(cls)
         given: dict[str, Any] = {n: Path(v) if v is not None and _names(hints[n], Path) else v for n, v in options.items()}
         return cls(**given)

@@ -70,10 +70,11 @@ def captioned(pipeline: Any, rows: Sequence[dict[str, Any]], guidance: float = 1
     del call[itself]
     branches = len(call[state]) // len(rows)
     flux = type(network).__name__.startswith("Flux")  # its pipeline hands it the timestep over 1000
+    device = pipeline._execution_device  # where weights are only while they are needed, the network's own is elsewhere
 
     def predict(states: Tensor, timestep: float) -> Tensor:
-        batch = torch.cat([states] * branches).to(network.device, network.dtype)
-        times = torch.full((len(batch),), timestep / 1000 if flux else timestep, device=network.device)
+        batch = torch.cat([states] * branches).to(device, network.dtype)
+        times = torch.full((len(batch),), timestep / 1000 if flux else timestep, device=device)
         out = network(**call | {state: batch, "timestep": times, "return_dict": False})[0]
         out = out[:, : states.shape[1]] if states.ndim == 4 else out
         if branches == 1:

@@ -47,8 +47,11 @@ class Diffusion:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.network.parameters()).device
+        """Where the network computes; accelerate's hooks say it of one that is moved there as it is needed."""
+        hooks = (getattr(module, "_hf_hook", None) for module in self.network.modules())
+        told = (getattr(hook, "execution_device", None) for hook in hooks)
+        found = next((device for device in told if device is not None), None)
+        return next(self.network.parameters()).device if found is None else torch.device(found)
 
     @property
     def made_of(self) -> dict[str, Any]:

@@ -98,11 +98,11 @@ def _diffusion(painter: Painter, condition: Condition) -> Diffusion:
     shape = (side // 2 * (side // 2), 4 * channels) if packs else (channels, side, side)
 
     def encode(images: Tensor) -> Tensor:
-        states = (vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean - shift) * scale
+        states = (vae.encode(images.to(pipeline._execution_device, vae.dtype)).latent_dist.mean - shift) * scale
         return pipeline._pack_latents(states, len(states), channels, side, side) if packs else states
 
     def decode(states: Tensor) -> Tensor:
-        states = states.to(vae.device, vae.dtype)
+        states = states.to(pipeline._execution_device, vae.dtype)
         if packs:
             states = pipeline._unpack_latents(states, size, size, pipeline.vae_scale_factor)
         return vae.decode(states / scale + shift, return_dict=False)[0]
@@ -127,7 +127,9 @@ def _diffusion(painter: Painter, condition: Condition) -> Diffusion:
     )
 
 
-def load_pipeline(path: str | Path, name: str, device: torch.device, dtype: str = "auto") -> Model:
+def load_pipeline(
+    path: str | Path, name: str, device: torch.device, dtype: str = "auto", variant: str | None = None, offload: str = "none"
+) -> Model:
     """Load what `save_pretrained` wrote, or a hub id. Raises ProbekitError, in one line, where that fails."""
     from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
@@ -141,19 +143,20 @@ def load_pipeline(path: str | Path, name: str, device: torch.device, dtype: str 
         if decodes:
             _check_prior(Path(path), index["_class_name"], name)
         loader = AutoPipelineForText2Image if decodes else DiffusionPipeline  # the former loads its prior, too
-        pipeline = loader.from_pretrained(str(path), dtype=chosen, **_not_there(Path(path), index, chosen))
+        form = hub.choose_variant(path, name, variant, chosen, hooks.DENOISER_NAMES)
+        pipeline = loader.from_pretrained(str(path), dtype=chosen, variant=form, **_not_there(Path(path), index, chosen))
     except ProbekitError:
         raise
     except Exception as error:  # diffusers, safetensors and the hub raise a dozen kinds
-        reason = " ".join(str(error).split())[:200]
-        raise ProbekitError(f"model {name!r}: could not be loaded ({type(error).__name__}: {reason})") from error
+        raise hub.not_loaded(name, error) from error
     try:
         hooks.denoiser(pipeline)
     except ProbekitError as error:
         raise ProbekitError(f"model {name!r}: {error}") from error
     if "prompt" not in inspect.signature(type(pipeline).__call__).parameters:
         raise ProbekitError(f"model {name!r}: a {type(pipeline).__name__} takes no prompt; give a text-to-image pipeline")
-    return as_model(pipeline.to(device), name)
+    hub.put_on(pipeline, device, offload)
+    return as_model(pipeline, name)
 
 
 def _check_prior(folder: Path, kind: str, name: str) -> None:
@@ -193,6 +196,6 @@ FORMATS = (
     Format(
         "a diffusers text-to-image pipeline",
         lambda place: place.is_pipeline,
-        lambda place: load_pipeline(place.at, place.name, place.device, place.dtype),
+        lambda place: load_pipeline(place.at, place.name, place.device, place.dtype, place.variant, place.offload),
     ),
 )
