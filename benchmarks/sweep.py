@@ -8,7 +8,8 @@ weights, and mini-sd's text encoder and autoencoder.
 Every way runs in a process of its own, on the same pair, layers and steps; the pictures are checked to be equal. Memory is the
 resident set's peak above what the loaded and warmed-up model takes, as the kernel counts it (Linux), and, apart from it, the
 activations that are held from one denoiser call to another. Below stands how much of a batch that is computed whole probekit
-computes: the denoiser's floating-point operations as torch counts them, in rows of that batch.
+computes: the denoiser's floating-point operations as torch counts them, in rows of that batch; how far that is what the
+seconds say, too, of the same batch computed whole; and the same of four windows of steps beside all steps (`--by-time`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import argparse
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 ORIGINAL = "a small white moon at the right on a dotted green ground"
 EDIT = "a large red fish at the top left on a striped blue ground"
+WINDOWS = ("all", "0%-25%", "25%-50%", "50%-75%", "75%-100%")
 
 
 def one_batch(model: Model, layers: list[str], options: dict[str, Any]) -> tuple[torch.Tensor, int]:
@@ -125,8 +127,8 @@ def build(layout: str) -> Model:
     return as_model(StableDiffusionPipeline(**parts, requires_safety_checker=False), layout)
 
 
-def operations(layout: str, options: dict[str, Any]) -> tuple[int, float, float]:
-    """How many rows a batch has, and how many of them the sweep computes, in the first step and in the later ones."""
+def operations(layout: str, options: dict[str, Any], windows: Sequence[str] = ("all",)) -> tuple[int, list[float]]:
+    """How many rows a batch has, and how many of them the sweep computes in each step."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from probekit import hooks
@@ -134,7 +136,8 @@ def operations(layout: str, options: dict[str, Any]) -> tuple[int, float, float]
 
     model = build(layout)
     layers = [la.name for la in hooks.select(model.layers, hooks.default_layers(model.denoiser))]
-    count, told = len(layers) + 1, []
+    rules = [[hooks.Injection(name, steps=hooks.Steps.parse(window))] for window in windows for name in layers]
+    count, told = len(rules) + 1, list[tuple[str, int]]()
     counter = FlopCounterMode(display=False)
 
     def counted(name: str) -> Any:
@@ -149,13 +152,34 @@ def operations(layout: str, options: dict[str, Any]) -> tuple[int, float, float]
         before = model.denoiser.register_forward_pre_hook(counted("begin"))
         after = model.denoiser.register_forward_hook(counted("end"))
         with counter:
-            one_batch(model, layers, options)
+            model.painter.sweep((ORIGINAL, 0), (EDIT, 0), rules, **options)
         rows.flow = known
         before.remove()
         after.remove()
     spent = [end - begin for (_, begin), (_, end) in zip(told[::2], told[1::2], strict=True)]
     whole, ours = spent[: len(spent) // 2], spent[len(spent) // 2 :]
-    return count, count * ours[0] / whole[0], count * sum(ours[1:]) / sum(whole[1:])
+    return count, [count * mine / plain for mine, plain in zip(ours, whole, strict=True)]
+
+
+def seconds_whole(layout: str, options: dict[str, Any], repeats: int) -> float:
+    """Of probekit's seconds the share in those of the same batch with nothing left out, a pair at a time in one process."""
+    from probekit import hooks
+    from probekit.hooks import rows
+
+    model = build(layout)
+    layers = [la.name for la in hooks.select(model.layers, hooks.default_layers(model.denoiser))]
+    known, shares = rows.flow, []
+    one_batch(model, layers, options | {"num_inference_steps": 1})
+    for _ in range(repeats):
+        taken = []
+        for way in (known, lambda model: None):
+            rows.flow = way
+            start = time.perf_counter()
+            one_batch(model, layers, options)
+            taken.append(time.perf_counter() - start)
+        rows.flow = known
+        shares.append(taken[0] / taken[1])
+    return statistics.median(shares)
 
 
 WAYS: dict[str, Callable[..., tuple[torch.Tensor, int]]] = {
@@ -204,8 +228,16 @@ def main() -> None:
         assert difference < 1e-3, f"{way} gives other pictures: {difference}"
         print(f"| {way:26} | {median:.2f} | {ratio:.2f} | {peak / 2**20:.0f} MiB | {held / 2**20:.1f} MiB | {difference:.1e} |")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        count, first, later = pool.apply(operations, (asked.layout, options))
-    print(f"operations: of {count} rows, {first:.1f} in the first step and {later:.1f} in each later one")
+        count, each = pool.apply(operations, (asked.layout, options))
+        share = pool.apply(seconds_whole, (asked.layout, options, asked.repeats))
+        whole, windowed = pool.apply(operations, (asked.layout, options, WINDOWS))
+    later = statistics.mean(each[1:] or each)
+    print(f"operations: of {count} rows, {each[0]:.1f} in the first step and {later:.1f} in each later one")
+    print(f"of a batch computed whole: {statistics.mean(each) / count:.3f} of the operations, {share:.3f} of the seconds")
+    mean = statistics.mean(windowed)
+    print(
+        f"four windows beside all steps: {mean:.1f} of {whole} rows, as {mean / count:.2f} sweeps computed whole instead of 5"
+    )
 
 
 if __name__ == "__main__":
