@@ -6,10 +6,11 @@ Each is built in code from a configuration, with text encoders and tokenizers, a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import pytest
 import torch
 
 from probekit.hooks import stack
@@ -35,6 +36,15 @@ class Tiny:
     guided: Mapping[str, Any] = field(default_factory=dict)
     guidance: Guidance = "one call"
     pictures: Mapping[str, Any] = field(default_factory=dict)
+
+
+OF_EVERY_KIND = ("sd", "sdxl", "sd_controlnet", "sd3", "flux", "pixart", "chroma", "qwen_image", "lumina2", "cascade")
+"""Pipelines that differ in kind: U-Nets, two streams, one sequence of both, two calls a step, what is not like any other."""
+
+
+def each(names: Iterable[str]) -> list[Any]:
+    """Pipelines for a test's parameters; all but those `OF_EVERY_KIND` make it a slow one."""
+    return [name if name in OF_EVERY_KIND else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @functools.cache

@@ -134,7 +134,7 @@ def plainly(model: nn.Module, rules: list[tuple[hooks.Layer, str]], rows: int) -
             handle.remove()
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", pipelines.each(PIPELINES))
 def test_layers_run_in_their_order_and_every_one_of_them_runs(name: str) -> None:
     pipeline = build(name)
     model, ran = hooks.denoiser(pipeline), list[str]()
@@ -148,7 +148,7 @@ def test_layers_run_in_their_order_and_every_one_of_them_runs(name: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", pipelines.each(PIPELINES))
 def test_e_into_itself_is_e_and_every_layer_and_stream_equals_plain_pytorch_hooks(name: str) -> None:
     pipeline = build(name)
     model, where = hooks.denoiser(pipeline), places(pipeline, "pag" in name, "adapter" in name)
@@ -167,7 +167,7 @@ def test_e_into_itself_is_e_and_every_layer_and_stream_equals_plain_pytorch_hook
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("name", [name for name in PIPELINES if "pag" not in name])
+@pytest.mark.parametrize("name", pipelines.each(name for name in PIPELINES if "pag" not in name))
 def test_all_heads_swapped_are_the_whole_attention_swapped(name: str) -> None:
     pipeline = build(name)
     with_heads = [la for la in hooks.layers(hooks.denoiser(pipeline)) if la.heads]

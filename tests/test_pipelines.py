@@ -27,6 +27,7 @@ from tests.pipelines import (
     call,
     cascade_decoder,
     cascade_prior,
+    each,
     kandinsky22_decoder,
     kandinsky_decoder,
     kandinsky_prior,
@@ -74,7 +75,7 @@ def watched(name: str) -> Iterator[list[Any]]:
         handle.remove()
 
 
-@pytest.mark.parametrize("name", PAINTERS)
+@pytest.mark.parametrize("name", each(PAINTERS))
 def test_a_picture_is_the_pipeline_s_own(name: str) -> None:
     tiny, expected = PIPELINES[name], own(name)
     assert (expected[0] - expected[1]).abs().mean() > 0.1  # captions and noises matter
@@ -88,7 +89,7 @@ def test_a_picture_is_the_pipeline_s_own(name: str) -> None:
     assert [len(state) for state in states] == [2 * branches] * calls * tiny.options["num_inference_steps"]
 
 
-@pytest.mark.parametrize("name", PAINTERS)
+@pytest.mark.parametrize("name", each(PAINTERS))
 def test_layers_are_watched_on_a_picture_of_the_config_s_size(name: str) -> None:
     loaded, side = model(name), hooks.denoiser(build(name)).config.get("sample_size")
     if side is None:  # the pipeline's own size, hundreds of pixels
@@ -107,7 +108,7 @@ def test_layers_are_watched_on_a_picture_of_the_pipeline_s_own_size() -> None:
             assert states, name
 
 
-@pytest.mark.parametrize("name", [name for name in PAINTERS if name != "flux_true"])
+@pytest.mark.parametrize("name", each(name for name in PAINTERS if name != "flux_true"))
 def test_a_saved_pipeline_loads_as_it_is(name: str, tmp_path: Path) -> None:
     pipeline = build(name)
     pipeline.save_pretrained(tmp_path / name)
@@ -128,7 +129,7 @@ DECODERS: dict[str, tuple[Callable[[], Any], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", each(DECODERS))
 def test_a_decoder_paints_with_the_prior_that_its_card_names(name: str, tmp_path: Path) -> None:
     decoder, prior, combined = DECODERS[name]
     folder, card = tmp_path / "decoder", tmp_path / "decoder" / "README.md"
@@ -170,7 +171,7 @@ def test_what_takes_no_caption_is_refused(tmp_path: Path) -> None:
 # --- options that are a row's, or the encoders' --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OF_PICTURES)
+@pytest.mark.parametrize("name", each(OF_PICTURES))
 def test_what_paints_from_pictures_says_so_without_them(name: str) -> None:
     painter, (missing,) = model(name).painter, PIPELINES[name].pictures
     expected = f"a {painter.kind} does not paint from a caption alone; give {missing} in Python"
@@ -214,7 +215,7 @@ ENCODING: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ENCODING)
+@pytest.mark.parametrize("name", each(ENCODING))
 def test_options_reach_the_encoders_of_text(name: str) -> None:
     told, tiny = ENCODING[name], PIPELINES[name]
     captions = {key: [value] * 2 for key, value in told.items() if key.startswith("prompt")}
