@@ -291,8 +291,10 @@ class InjectSweep(Experiment):
         """Those asked for, else by the size of the model's latents, if memory has room for them."""
         from probekit.models.memory import SHARE
 
+        if self.batch_size is not None:
+            return self.batch_size
         fit = int(SHARE * self._memory["free"] / max(self._memory["row"], 1))
-        return self.batch_size or max(3, min(rows_at_a_time(self.loaded), fit))
+        return max(3, min(rows_at_a_time(self.loaded), fit))
 
     def work(self, unit: Unit, bench: Bench) -> Work:
         """A row a descriptor, donor, window and layer, with its transfer and damage; the pictures O, E, U and WINDOW_LAYER.

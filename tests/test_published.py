@@ -221,6 +221,11 @@ def test_a_sweep_says_beforehand_what_it_takes(tmp_path: Path) -> None:
     assert done.returncode == 0 and said, done.stdout
     again = probekit(*sweep, "--out", "run", cwd=tmp_path)
     assert "at a time" not in again.stdout  # nothing is left to do
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    del config["options"]["variant"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    older = probekit("describe", "run", cwd=tmp_path)
+    assert older.returncode == 0, older.stderr  # a run from before there was that option
 
 
 _WITHOUT_MEMORY = """
