@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -15,7 +17,15 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+    from probekit.data.dataset import Dataset
     from probekit.runs.folder import Run, Stacked
+    from probekit.sampling.gaussian import Gaussian
+
+MOMENTS = 2000
+"""Training images whose mean and covariance are taken."""
+
+HELD = 2**26
+"""Values of the noises that are held in memory at a time to predict where they go."""
 
 EXAMPLES = 6
 """Samples that are drawn with their nearest noise, and noises whose nearest sample is another's."""
@@ -29,6 +39,13 @@ class NoiseMapRun(Denoising):
 
     steps: Annotated[str, typer.Option(help="Numbers of sampling steps, separated by commas.")] = "10,100"
     n: Annotated[int, typer.Option("--n", help="Noises, and as many samples, to find each other among.")] = 512
+    theory: Annotated[
+        str | None,
+        typer.Option(
+            help="Data whose covariance predicts the map: avatars, photos, folder:PATH, …, or none. "
+            "[default: what a bundled model was trained on]"
+        ),
+    ] = None
     splits: Annotated[
         int, typer.Option(help="Parts of the n over which the std is taken; the candidates are always all n.")
     ] = 8
@@ -46,7 +63,32 @@ class NoiseMapRun(Denoising):
         diffusion = self.diffusion
         prediction, *_ = [diffusion.schedule(count).prediction for count in step_counts(self.steps)]  # refuses too many
         space = "pixels" if diffusion.encoder is None else "latents"
-        return self.of_model() | {"prediction": prediction, "space": space, "shape": list(diffusion.shape)}
+        told = {"prediction": prediction, "space": space, "shape": list(diffusion.shape)}
+        if self._data is not None:
+            told |= {"theory_data": self._data.name, "theory_digest": self._data.digest}
+        return self.of_model() | told
+
+    @functools.cached_property
+    def _data(self) -> Dataset | None:
+        """What is known of what the model was trained on; pictures of one caption or class are no data set's.
+
+        Raises ProbekitError as `load_data`.
+        """
+        from probekit.bundled import TRAINED_ON
+        from probekit.data import load_data
+
+        unconditional = self.prompt is None and self.label is None
+        spec = self.theory if self.theory is not None else TRAINED_ON.get(self.model) if unconditional else None
+        return None if spec in (None, "none") else load_data(spec, self.diffusion.image_size)
+
+    @functools.cached_property
+    def _second_moments(self) -> Gaussian | None:
+        """The mean and covariance of the data, as the network sees them."""
+        from probekit.sampling.gaussian import Gaussian
+
+        if self._data is None:
+            return None
+        return Gaussian.of(self.diffusion.encode(self._data.images(self._data.split("train")[:MOMENTS])))
 
     def plan(self) -> list[Unit]:
         """For every number of steps the samples, then the match of all of them."""
@@ -62,7 +104,8 @@ class NoiseMapRun(Denoising):
         accuracy: the percent of rows whose nearest of all n candidates is their own partner; low, high: its 95% Wilson
         interval; std: that of `splits` parts' accuracies; chance: 100 / n. wrong: how many rows have another nearest; named:
         how many different candidates these name. own, other: mean L2 distance of the first 256 rows to their partner and to
-        the nearest of all others.
+        the nearest of all others. predicted, predicted_of_samples: the accuracy that the covariance of the training data, or
+        of these samples, predicts (`sampling.gaussian`); NaN where these are not known, or too many to be held.
         """
         if not unit.needs:
             return self.sample_work(unit, bench)
@@ -98,7 +141,32 @@ class NoiseMapRun(Denoising):
                     "other": other,
                 }
             )
+        of_data, of_samples = self._predicted(steps, noise, sampled)
+        for row in rows:
+            row |= {"predicted": of_data[row["direction"]], "predicted_of_samples": of_samples[row["direction"]]}
         return Work(rows, self._pictures(noise, sampled, found[TO_NOISE].tolist(), found[TO_SAMPLE].tolist()))
+
+    def _predicted(self, steps: int, noise: Stacked, sampled: Stacked) -> tuple[dict[str, float], dict[str, float]]:
+        """By direction the accuracy, in percent, of the linear map from this noise that second moments alone would make."""
+        import torch
+
+        from probekit.metrics import geometry
+        from probekit.models.hub import choose_device
+        from probekit.report.noise_map import TO_NOISE, TO_SAMPLE
+        from probekit.sampling.gaussian import Gaussian
+
+        unknown = dict.fromkeys((TO_NOISE, TO_SAMPLE), math.nan)
+        if self._second_moments is None or math.prod(noise.shape) > HELD:
+            return unknown, dict(unknown)
+        start, made, schedule = torch.from_numpy(noise[:]), torch.from_numpy(sampled[:]), self.diffusion.schedule(steps)
+        found = []
+        for known in (self._second_moments, Gaussian.of(made)):
+            mapped = known.sampled(start, schedule).float()
+            pairs = {TO_NOISE: (mapped, start), TO_SAMPLE: (start, mapped)}
+            nearest = {way: geometry.nearest(*pair, device=choose_device(self.device)) for way, pair in pairs.items()}
+            own = torch.arange(self.n)
+            found.append({way: 100 * (answers == own).double().mean().item() for way, answers in nearest.items()})
+        return found[0], found[1]
 
     def _pictures(self, noise: Stacked, sampled: Stacked, of_samples: list[int], of_noises: list[int]) -> dict[str, Tensor]:
         """The first samples with their own and their nearest noise, and the first noises whose nearest sample is not their own.

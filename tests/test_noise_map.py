@@ -14,13 +14,16 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline
 
 from probekit import ProbekitError, load, seeds
+from probekit.data.avatars import Avatars
 from probekit.experiments import NoiseMapRun, noise_map_run
 from probekit.images import as_pictures, load_png, to_uint8
 from probekit.metrics import geometry
 from probekit.metrics.distributions import share_interval
 from probekit.metrics.geometry import matching_accuracy
-from probekit.report.noise_map import PAPER, TO_NOISE, TO_SAMPLE, _mistakes, headline
+from probekit.report.noise_map import PAPER, TO_NOISE, TO_SAMPLE, _mistakes, headline, second_moments
 from probekit.runs.folder import Run, Stacked
+from probekit.sampling import sample
+from probekit.sampling.gaussian import Gaussian
 from tests.conftest import killed, probekit, refused, tiny
 
 N, SPLITS = 160, 8
@@ -42,6 +45,54 @@ def stacked(run: Path, steps: int, key: str) -> torch.Tensor:
     """The noises or samples of a run, all blocks."""
     blocks = sorted((run / "states").glob(f"samples-{steps}-*"))
     return torch.from_numpy(Stacked([block / f"{key}.npy" for block in blocks])[:])
+
+
+def test_second_moments_predict_the_map_as_the_best_denoiser_of_normal_data_makes_it(folder: Path) -> None:
+    options = ["--steps", "3", "--theory", "avatars", "--out", "theory"]
+    done = probekit(*RUN[:6], *options, "--device", "cpu", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "If avatars were normal with their mean and covariance" in done.stdout
+    page = (folder / "theory" / "report.html").read_text()
+    assert "second moments of the data" in page
+    diffusion, rows = load(str(folder / "tiny"), device="cpu").diffusion, pd.read_parquet(folder / "theory" / "results.parquet")
+    noise, schedule = diffusion.noise(range(N), 0), diffusion.schedule(3)
+    data = Avatars(diffusion.image_size)
+    for column, seen in {
+        "predicted": data.images(data.split("train")[:2000]),
+        "predicted_of_samples": stacked(folder / "theory", 3, "states"),
+    }.items():
+        mapped = sample(Gaussian.of(seen).denoiser(schedule), noise, schedule).end
+        distance = torch.cdist(mapped.flatten(1).double(), noise.flatten(1).double())
+        for row, answers in zip(rows.itertuples(), (distance.argmin(1), distance.argmin(0)), strict=True):
+            own = 100 * (answers == torch.arange(N)).double().mean().item()
+            assert getattr(row, column) == pytest.approx(own, abs=100 / N), (
+                column,
+                row.direction,
+            )  # of ties one may fall otherwise
+    whole = pd.read_parquet(folder / "whole" / "results.parquet")
+    assert whole.predicted.isna().all()  # nobody knows what a folder's model was trained on
+    assert "If " not in (folder / "whole" / "report.html").read_text()
+    assert "data set 'nowhere': choose avatars" in refused(*RUN, "--theory", "nowhere", cwd=folder)
+    assert NoiseMapRun(model="avatar-ldm", device="cpu")._data is not None
+    assert NoiseMapRun(model="avatar-ldm", theory="none", device="cpu")._data is None
+
+
+def test_what_is_beyond_second_moments_is_told_from_what_is_not() -> None:
+    rows = pd.DataFrame(
+        {
+            "steps": [10, 10],
+            "direction": [TO_NOISE, TO_SAMPLE],
+            "accuracy": [33.0, 10.0],
+            "low": [29.1, 7.7],
+            "high": [37.2, 12.9],
+            "predicted": [35.0, 30.0],
+            "n": [512, 512],
+        }
+    )
+    said = second_moments({"inputs": {"theory_data": "avatars"}}, rows)
+    assert "35.0 % (measured 33.0 %) at 10" in said and "-20 points (xT -> x0, 10 steps)" in said and "x0 -> xT, 10" not in said
+    assert "No measured share can be told" in second_moments({"inputs": {"theory_data": "avatars"}}, rows[:1])
+    assert second_moments({"inputs": {}}, rows.assign(predicted=float("nan"))) == ""
 
 
 def test_the_rows_are_those_of_all_distances_between_what_is_stored(folder: Path) -> None:

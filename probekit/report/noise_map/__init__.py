@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,17 +63,51 @@ def headline(config: dict[str, Any], rows: pd.DataFrame) -> str:
     return said if any(clear.any() for clear in surer.values()) else f"{said} Neither way is clearly the surer one."
 
 
+def second_moments(config: dict[str, Any], rows: pd.DataFrame) -> str:
+    """What the covariance of the data predicts, and what the network does beyond it; nothing where it is not known.
+
+    The two are told apart where their 95% intervals are.
+    """
+    from probekit.metrics.distributions import share_interval
+
+    if "predicted" not in rows or rows.predicted.isna().all():
+        return ""
+    data, parts = config["inputs"]["theory_data"], []
+    for direction, way in ((TO_NOISE, "from sample to noise"), (TO_SAMPLE, "from noise to sample")):
+        own = rows[rows.direction == direction]
+        shares = [f"{_percent(r.predicted)} % (measured {_percent(r.accuracy)} %)" for r in own.itertuples()]
+        steps = [f"at {r.steps:,}" for r in own.itertuples()]
+        parts.append(f"{way} in {_listed([' '.join(both) for both in zip(shares, steps, strict=True)])} steps")
+    beyond = []
+    for r in rows.itertuples():
+        low, high = (100 * share for share in share_interval(round(r.predicted * r.n / 100), r.n))
+        if r.low > high or r.high < low:
+            beyond.append(f"{r.accuracy - r.predicted:+.0f} points ({r.direction}, {r.steps:,} steps)")
+    rest = f"What second moments leave unexplained, the network does beyond them: {_listed(beyond)}." if beyond else ""
+    return (
+        f"If {data} were normal with their mean and covariance, the best denoiser would make the map linear, and the nearest "
+        f"would be the own one {'; '.join(parts)}. {rest or 'No measured share can be told from the predicted one.'}"
+    )
+
+
 def findings(run: Run, rows: pd.DataFrame) -> Findings:
     """What a run's rows come to."""
     options = run.config["options"]
     found = f"the nearest of {options['n']:,} by L2 is the own one, in percent ± std of {options['splits']} splits"
-    columns = ("steps", "direction", "accuracy", "95% interval", "chance", "to own", "to nearest other", *_headings())
+    columns = (
+        *("steps", "direction", "accuracy", "95% interval", "second moments", "of samples", "chance"),
+        *("to own", "to nearest other", *_headings()),
+    )
     told = [
-        (f"{r['steps']:,}", r["direction"], r["accuracy"], r["interval"], r["chance"], r["own"], r["other"], *r["paper"])
+        (
+            *(f"{r['steps']:,}", r["direction"], r["accuracy"], r["interval"], r["predicted"], r["of_samples"], r["chance"]),
+            *(r["own"], r["other"], *r["paper"]),
+        )
         for r in _told(rows)
     ]
     table = Table(f"{Path(options['model']).name}: {found}", columns, told, text=("direction",))
-    return Findings(run, rows, [table], lambda: _page(run, rows), ("accuracy",), headline(run.config, rows))
+    says = " ".join(filter(None, (headline(run.config, rows), second_moments(run.config, rows))))
+    return Findings(run, rows, [table], lambda: _page(run, rows), ("accuracy",), says)
 
 
 def _page(run: Run, rows: pd.DataFrame) -> bytes:
@@ -89,6 +124,7 @@ def _page(run: Run, rows: pd.DataFrame) -> bytes:
         run,
         name=Path(config["options"]["model"]).name,
         headline=headline(config, rows),
+        theory=second_moments(config, rows),
         accuracy=accuracy,
         examples=examples,
         rows=_told(rows),
@@ -105,6 +141,10 @@ def _told(rows: pd.DataFrame) -> list[dict[str, Any]]:
             "direction": r.direction,
             "accuracy": f"{_percent(r.accuracy)} ± {r.std:.1f}",
             "interval": f"{_percent(r.low)}–{_percent(r.high)}",
+            **{
+                key: _percent(value) if (value := getattr(r, column, math.nan)) == value else ""
+                for key, column in {"predicted": "predicted", "of_samples": "predicted_of_samples"}.items()
+            },
             "chance": f"{r.chance:.2g}",
             "own": f"{r.own:.4g}",
             "other": f"{r.other:.4g}",
@@ -199,6 +239,18 @@ def _lines(config: dict[str, Any], rows: pd.DataFrame) -> Figure:
                 label=Path(config["options"]["model"]).name,
                 zorder=3,
             )
+            if "predicted" in own and own.predicted.notna().any():
+                ax.plot(
+                    own.steps,
+                    own.predicted,
+                    color="#14213d",
+                    lw=1.3,
+                    ls=(0, (5, 2)),
+                    marker="x",
+                    ms=6,
+                    label="second moments of the data",
+                    zorder=2.5,
+                )
             ax.axhline(rows.chance.iloc[0], color="#8a8880", lw=0.9, ls=(0, (4, 3)), zorder=1, label="chance")
             ax.set_xscale("log")
             ax.set_xticks(ticks, [f"{s:,}" for s in ticks])
