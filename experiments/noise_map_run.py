@@ -118,7 +118,7 @@ class NoiseMapRun(Denoising):
 
         noise, sampled = (bench.stacked(unit.needs, key) for key in ("noise", "states"))
         steps, n, device = int(unit.name.split("-")[1]), self.n, choose_device(self.device)
-        rows, found = [], {}
+        rows, found = list[dict[str, Any]](), {}
         for direction, queries, candidates in ((TO_NOISE, sampled, noise), (TO_SAMPLE, noise, sampled)):
             found[direction] = answers = geometry.nearest(queries, candidates, device=device, on_rows=bench.advance)
             accuracy, std = geometry.matching_accuracy(answers, self.splits)

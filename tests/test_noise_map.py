@@ -91,7 +91,9 @@ def test_what_is_beyond_second_moments_is_told_from_what_is_not() -> None:
     )
     said = second_moments({"inputs": {"theory_data": "avatars"}}, rows)
     assert "35.0 % (measured 33.0 %) at 10" in said and "-20 points (xT -> x0, 10 steps)" in said and "x0 -> xT, 10" not in said
-    assert "No measured share can be told" in second_moments({"inputs": {"theory_data": "avatars"}}, rows[:1])
+    assert "No measured share can be told" in second_moments(
+        {"inputs": {"theory_data": "avatars"}}, rows.assign(predicted=rows.accuracy)
+    )
     assert second_moments({"inputs": {}}, rows.assign(predicted=float("nan"))) == ""
 
 

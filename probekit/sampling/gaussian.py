@@ -13,6 +13,7 @@ Vastola 2023, "Diffusion Models Generate Images Like Painters", read trajectorie
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -81,7 +82,7 @@ class Gaussian:
         """What `sampling.invert` makes of images with the best denoiser, in closed form."""
         return self._mapped(images, *self._walk(schedule, reversed(range(len(schedule))), back=True))
 
-    def _walk(self, schedule: Schedule, steps: range | reversed[int], *, back: bool) -> tuple[Tensor, Tensor]:
+    def _walk(self, schedule: Schedule, steps: Iterable[int], *, back: bool) -> tuple[Tensor, Tensor]:
         """Gains and shifts of a trajectory: an entry a direction, the last for all that is orthogonal to them.
 
         A state that has y in a direction, in which the mean has m, ends with gain * y + shift * m.
