@@ -1,9 +1,10 @@
 """What a sweep of published models takes: built at full size from their published configs, with random weights, in bfloat16.
 
-    python benchmarks/published.py sd-1.4 [sdxl sd-3.5-medium kandinsky-2.2] [--steps 2] [--layers 2]
+    python benchmarks/published.py sd-1.4 [sdxl sd-3.5-medium kandinsky-2.2] [--steps 2] [--layers 2] [--side 512]
 
 Every model runs in a process of its own: two layers, spread over the denoiser, of one pair without guidance, pictures of the
-published size. Memory is the resident set's peak as the kernel counts it (Linux), beside what `memory.of_a_row` says of it.
+published size if no other is asked for. Memory is the resident set's peak as the kernel counts it (Linux), beside what
+`memory.of_a_row` says of it.
 SD 3.5's T5, which is optional, is left out. What the random pictures look like does not matter; that they are finite and that
 every layer changes something is checked. The last column is how far O stands from what the pipeline paints of it alone: the
 rounding of bfloat16 in batches of other shapes, which random weights amplify.
@@ -197,7 +198,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
-def measure(name: str, steps: int, count: int) -> str:
+def measure(name: str, steps: int, count: int, side: int | None) -> str:
     """A line of the table."""
     from probekit import hooks
     from probekit.models import memory
@@ -212,6 +213,8 @@ def measure(name: str, steps: int, count: int) -> str:
             part.to(torch.bfloat16).eval().requires_grad_(False)
     model = as_model(pipeline, name)
     options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 1.0}
+    if side is not None:
+        options |= {"height": side, "width": side}
     if name == "kandinsky-2.2":
         options["prior_num_inference_steps"] = 2
     (alone,) = model.painter.generate([ORIGINAL[0]], [0], **options)
@@ -240,12 +243,13 @@ def main() -> None:
     parser.add_argument("models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--side", type=int, help="of the pictures in pixels, if not the published one")
     asked = parser.parse_args()
     print("| model | denoiser | pictures | layers | weights | a row, said | a row, taken | a row and step | rounding |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for name in asked.models:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            print(pool.apply(measure, (name, asked.steps, asked.layers)), flush=True)
+            print(pool.apply(measure, (name, asked.steps, asked.layers, asked.side)), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 --layout: `mini-sd`; or `sd-1.4`, `sdxl` or `pixart`: the layers of these denoisers in the same order, narrower, with random
 weights, and mini-sd's text encoder and autoencoder.
 
-Every way runs in a process of its own, on the same pair, layers and steps; the pictures are checked to be equal. Memory is the
+Every way runs in a process of its own, on the same pair, layers and steps; the pictures are checked to be equal. Seconds are
+those of the processor, the median of the repeats, which other work on the machine changes little. Memory is the
 resident set's peak above what the loaded and warmed-up model takes, as the kernel counts it (Linux), and, apart from it, the
 activations that are held from one denoiser call to another. Below stands how much of a batch that is computed whole probekit
 computes: the denoiser's floating-point operations as torch counts them, in rows of that batch; how far that is what the
@@ -174,9 +175,9 @@ def seconds_whole(layout: str, options: dict[str, Any], repeats: int) -> float:
         taken = []
         for way in (known, lambda model: None):
             rows.flow = way
-            start = time.perf_counter()
+            start = time.process_time()
             one_batch(model, layers, options)
-            taken.append(time.perf_counter() - start)
+            taken.append(time.process_time() - start)
         rows.flow = known
         shares.append(taken[0] / taken[1])
     return statistics.median(shares)
@@ -199,9 +200,9 @@ def measure(way: str, layout: str, options: dict[str, Any], repeats: int) -> tup
     before = start_peak()
     seconds = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         images, held = WAYS[way](model, layers, options)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return seconds, resident("VmHWM") - before, held, images.clone()
 
 
@@ -219,7 +220,7 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             results[way] = pool.apply(measure, (way, asked.layout, options, asked.repeats))
     ours = results["probekit, one batch"]
-    print(f"| {'way':26} | median seconds | of probekit's | peak memory | activations held | largest difference |")
+    print(f"| {'way':26} | processor seconds | of probekit's | peak memory | activations held | largest difference |")
     print("|---|---|---|---|---|---|")
     for way, (seconds, peak, held, images) in results.items():
         median = statistics.median(seconds)
