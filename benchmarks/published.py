@@ -221,10 +221,10 @@ def measure(name: str, steps: int, count: int, side: int | None) -> str:
     row = memory.of_a_row(model.painter, **options)
     every = hooks.select(model.layers, hooks.default_layers(model.denoiser))
     layers = [every[(2 * i + 1) * len(every) // (2 * count)] for i in range(count)]
-    before, start = start_peak(), time.perf_counter()
+    before, start = start_peak(), time.process_time()
     rules = [[], *([hooks.Injection(layer.name)] for layer in layers)]
     swept = model.painter.sweep(ORIGINAL, EDIT, rules, **options)
-    seconds, peak, rows = time.perf_counter() - start, resident("VmHWM") - before, len(rules) + 1
+    seconds, peak, rows = time.process_time() - start, resident("VmHWM") - before, len(rules) + 1
     assert swept.images.isfinite().all() and swept.edit.isfinite().all()
     off = (swept.images[0] - alone).abs().max().item()
     moved = [(image - swept.images[0]).abs().max().item() for image in swept.images[1:]]
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--side", type=int, help="of the pictures in pixels, if not the published one")
     asked = parser.parse_args()
-    print("| model | denoiser | pictures | layers | weights | a row, said | a row, taken | a row and step | rounding |")
+    print("| model | denoiser | pictures | layers | weights | a row, said | a row, taken | processor seconds a row and step | rounding |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for name in asked.models:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
