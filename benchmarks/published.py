@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--side", type=int, help="of the pictures in pixels, if not the published one")
     asked = parser.parse_args()
-    print("| model | denoiser | pictures | layers | weights | a row, said | a row, taken | processor seconds a row and step | rounding |")
+    print("| model | denoiser | pictures | layers | weights | a row, said | taken | seconds a row and step | rounding |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for name in asked.models:
         with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -49,7 +49,7 @@ def nnsight(model: Model, layers: list[str], options: dict[str, Any]) -> tuple[t
     images = []
     for name in layers:
         rows = hooks.stack([model.painter.row(EDIT, 0), model.painter.row(ORIGINAL, 0)])
-        with torch.no_grad(), traced.generate(**rows, **options, output_type="pt") as tracer:
+        with torch.no_grad(), traced.generate(**rows, **model.painter.defaults | options, output_type="pt") as tracer:
             for _ in tracer.iter[: options["num_inference_steps"]]:
                 output = hooks.layer(traced.unet if hasattr(model.pipeline, "unet") else traced.transformer, name).output
                 tensor = output[0] if "attentions" in name else output
@@ -163,21 +163,24 @@ def operations(layout: str, options: dict[str, Any], windows: Sequence[str] = ("
 
 
 def seconds_whole(layout: str, options: dict[str, Any], repeats: int) -> float:
-    """Of probekit's seconds the share in those of the same batch with nothing left out, a pair at a time in one process."""
+    """The denoiser's seconds as a share of those of the same batch with nothing left out, one after the other."""
     from probekit import hooks
     from probekit.hooks import rows
 
     model = build(layout)
     layers = [la.name for la in hooks.select(model.layers, hooks.default_layers(model.denoiser))]
-    known, shares = rows.flow, []
+    known, shares, times = rows.flow, [], list[float]()
+    # before the sweep's own hooks, whose planning counts
+    model.denoiser.register_forward_pre_hook(lambda *_: times.append(-time.process_time()))
+    model.denoiser.register_forward_hook(lambda *_: times.append(time.process_time()))
     one_batch(model, layers, options | {"num_inference_steps": 1})
     for _ in range(repeats):
         taken = []
         for way in (known, lambda model: None):
             rows.flow = way
-            start = time.process_time()
+            times.clear()
             one_batch(model, layers, options)
-            taken.append(time.process_time() - start)
+            taken.append(sum(times))
         rows.flow = known
         shares.append(taken[0] / taken[1])
     return statistics.median(shares)
@@ -234,7 +237,9 @@ def main() -> None:
         whole, windowed = pool.apply(operations, (asked.layout, options, WINDOWS))
     later = statistics.mean(each[1:] or each)
     print(f"operations: of {count} rows, {each[0]:.1f} in the first step and {later:.1f} in each later one")
-    print(f"of a batch computed whole: {statistics.mean(each) / count:.3f} of the operations, {share:.3f} of the seconds")
+    print(
+        f"of a batch computed whole: {statistics.mean(each) / count:.3f} of the operations, {share:.3f} of the denoiser's seconds"
+    )
     mean = statistics.mean(windowed)
     print(
         f"four windows beside all steps: {mean:.1f} of {whole} rows, as {mean / count:.2f} sweeps computed whole instead of 5"
