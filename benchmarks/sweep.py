@@ -237,9 +237,8 @@ def main() -> None:
         whole, windowed = pool.apply(operations, (asked.layout, options, WINDOWS))
     later = statistics.mean(each[1:] or each)
     print(f"operations: of {count} rows, {each[0]:.1f} in the first step and {later:.1f} in each later one")
-    print(
-        f"of a batch computed whole: {statistics.mean(each) / count:.3f} of the operations, {share:.3f} of the denoiser's seconds"
-    )
+    part = statistics.mean(each) / count
+    print(f"of a batch computed whole: {part:.3f} of the operations, {share:.3f} of the denoiser's seconds")
     mean = statistics.mean(windowed)
     print(
         f"four windows beside all steps: {mean:.1f} of {whole} rows, as {mean / count:.2f} sweeps computed whole instead of 5"
