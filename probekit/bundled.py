@@ -11,6 +11,9 @@ PIPELINES = ("mini-sd", "mini-sd3", "mini-dit", "planted-sd")
 MODELS = ("avatar-vae", "avatar-vqvae", "avatar-gan", "avatar-flow", "avatar-ddpm", "photo-ddpm", "mini-flow", "avatar-ldm")
 """Bundled models with latent spaces: of avatars, and one of photographs."""
 
+DATA = {**dict.fromkeys(PIPELINES, "scenes"), **dict.fromkeys(MODELS, "avatars"), "photo-ddpm": "photos"}
+"""The data set that a bundled model was trained on."""
+
 GUIDANCE = {"mini-sd": 3.0, "planted-sd": 3.0, "mini-sd3": 3.0, "mini-dit": 3.0}
 """The guidance scale at which a bundled pipeline was measured."""
 
