@@ -45,10 +45,6 @@ SPACES = ",".join(
 )
 """What figure 4 scores, GAN and VAE beside it, and the other families."""
 
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Of the noise that is added to codes."""
-POINTS = 6
-"""Steps of a path; the midpoint is one of its points."""
 REAL = 1000
 """Real pictures, at most, between which those of a space are looked for."""
 FITTED = 256
@@ -126,23 +122,26 @@ class PropertiesRun(Experiment):
         return {}
 
     def inputs(self) -> dict[str, Any]:
-        """The fingerprints of spaces and images."""
+        """The fingerprints of spaces and images, and the unit in which each space is held against its model's other inputs."""
         sets = {str(space): self.data_of(model) for model, space in self.loaded.values()}
         for _, space in self.loaded.values():
             if space.takes == "captions":
                 sets[str(space)].captions([0])  # refuses a data set without
         return {
-            "spaces": {str(space): f"{space.family} {space.digest}" for _, space in self.loaded.values()},
+            "spaces": {str(space): f"{space.family} {space.name} {space.digest}" for _, space in self.loaded.values()},
             "data_digest": {data.name: data.digest for data in sets.values()},
+            "swaps": {str(pair[1]): self._swap_unit(*pair) for pair in self.loaded.values() if pair[1].decoder is not None},
         }
 
     # --- units ------------------------------------------------------------------------------------------------------------
 
     def plan(self) -> list[Unit]:
-        """For each space one of what its codes decode to, then one of its inputs; spaces that are inputs of one model share it."""
+        """For each space one of what its codes decode to, then one of its inputs, which spaces of one model may share."""
+        from probekit.latents import properties
+
         units: dict[str, Unit] = {}
         for model, space in self.loaded.values():
-            size = (len(STRENGTHS) + 1) * self.n + (POINTS + 2) * (self.n // 2)
+            size = (len(properties.STRENGTHS) + 1) * self.n + (properties.POINTS + 2) * (self.n // 2)
             units[str(space)] = Unit(str(space), size, group=model.name)
             if space.decoder is not None:
                 inputs = self._inputs_of(model, space)
@@ -377,11 +376,11 @@ class _Look:
         if normal and space.encoder is None:
             mean = torch.zeros_like(mean)
         own = None
-        for strength in STRENGTHS:
+        for strength in properties.STRENGTHS:
             pictures = self.decode(properties.mixed(codes, noise, strength, mean))
             own = pictures if own is None else own
             self.where(pictures, f"noise {strength:g}")
-            step = STRENGTHS.index(strength)
+            step = properties.STRENGTHS.index(strength)
             self.pictures.update({f"noise-{i}-{step}": pictures[i] for i in range(SHOWN)})
         assert own is not None
         self.where(pictures, drawn)
@@ -407,27 +406,21 @@ class _Look:
         generator = named("paths of properties", space.name, self.experiment.seed)
         spherical = space.sampler is not None and properties.is_normal(space.sample(FITTED, generator))
         a, b = codes[:half], codes[half : 2 * half]
-        walks = properties.walk(self.decode, lpips.embedded, a, b, generator, spherical=spherical, points=POINTS)
+        walks = properties.walk(self.decode, lpips.embedded, a, b, generator, spherical=spherical)
         self.add("smoothness", properties.smoothness(walks), "path", "great circle" if spherical else "straight")
         fade = properties.smoothness(properties.faded(walks, lpips.embedded))
-        self.add("smoothness", {"jump": fade["jump"]}, "cross-fade")
+        self.add("smoothness", {measure: fade[measure] for measure in ("jump", "leap")}, "cross-fade")
         self.where(walks.pictures[:, 1:-1].flatten(0, 1), "path", "smoothness")
         for i in range(SHOWN):
-            self.pictures.update({f"path-{i}-{step}": walks.pictures[i, step] for step in range(POINTS + 1)})
-        middle = walks.pictures[:, POINTS // 2]
+            self.pictures.update({f"path-{i}-{step}": walks.pictures[i, step] for step in range(properties.POINTS + 1)})
+        middle = walks.pictures[:, properties.POINTS // 2]
         self.where(middle, "midpoints", "organization")
         self.where(walks.pictures[:, [0, -1]].flatten(0, 1), "ends", "organization")
         self.add("organization", {"detour": properties.detour(walks)}, "midpoints", "lpips")
         if self.reading is not None:
-            read = [self.reading.read(walks.pictures[:, i]) for i in (0, POINTS // 2, -1)]
+            read = [self.reading.read(walks.pictures[:, i]) for i in (0, properties.POINTS // 2, -1)]
             for factor, told in properties.midpoints(*read).items():
                 self.add("organization", told, "midpoints", factor)
-            shares = properties.midpoints(*read).values()
-            ends = [told["of an end"] for told in shares]
-            known = sum(each.n for each in ends)
-            if known:
-                mean = sum(each.value * each.n for each in ends if each.n) / known
-                self.rows.append(row(self.space, "organization", "of an end", "midpoints", "all factors", float(mean)))
 
     def organization(self, codes: Tensor, own: Tensor | None, numbers: np.ndarray) -> None:
         """Whether near codes are alike: to look at, and in the factors that they show."""

@@ -25,8 +25,10 @@ Images = Float[Tensor, "n 3 h w"]
 See = Callable[[Tensor], Tensor]
 """Pictures to vectors (n, d), whose squared Euclidean distance is how unlike they look."""
 
-POINTS = 8
-"""Steps of a path."""
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Of the noise that is added to codes."""
+POINTS = 6
+"""Steps of a path; the midpoint is one of its points."""
 EPSILON = 0.01
 """How far apart the points of a path are whose difference tells its speed."""
 RESAMPLES = 1000
@@ -93,16 +95,18 @@ def is_normal(drawn: Codes) -> bool:
 def mixed(codes: Codes, noise: Codes, strength: float, mean: Float[Tensor, "*shape"]) -> Codes:
     """Codes with noise of their own distribution added at a strength from 0 (the code) to 1 (noise alone), variance kept.
 
-    mean + sqrt(1 - s²) (code - mean) + s (noise - mean): where both have a covariance, the sum has it (the paper's figure 4 adds
+    mean + sqrt(1 - s²) (code - mean) + s (noise - mean): where both have a covariance, the sum has it (figure 4 adds
     noise "in the same distributions as the latent space in question").
     """
     return mean + math.sqrt(1 - strength**2) * (codes - mean) + strength * (noise - mean)
 
 
 def density(pictures: Float[np.ndarray, "n d"], real: Manifold) -> dict[str, Measured]:
-    """How much features of pictures lie where real ones' do: `precision`, the share in [0, 1] that lie in any ball around a
-    real one, and `density`, in how many on average, over k: about 1 for real pictures, 0 far from them (Naeem et al. 2020,
-    eq. 3). The intervals are over the pictures; the real ones are fixed."""
+    """How much features of pictures lie where real ones' do; the intervals are over the pictures, the real ones are fixed.
+
+    `precision`: the share in [0, 1] that lie in any ball around a real one; `density`: in how many on average, over k, about 1
+    for real pictures and 0 far from them (Naeem et al. 2020, eq. 3).
+    """
     return {
         "precision": Measured.mean(real.holds(pictures).astype(float)),
         "density": Measured.mean(real.balls(pictures)),
@@ -150,10 +154,20 @@ class Walks:
     def jumps(self) -> Float[np.ndarray, " pairs"]:
         """Each path's largest step over its mean step: 1 where it is even, the number of steps where it comes all at once.
 
-        NaN where nothing changes.
+        NaN where nothing changes. It is 1, too, where every point has a picture of its own: see `leaps`.
         """
         steps = self.steps
         return np.where(steps.sum(1) > 0, steps.max(1) / np.maximum(steps.mean(1), 1e-30), np.nan)
+
+    @property
+    def leaps(self) -> Float[np.ndarray, " pairs"]:
+        """Each path's largest step over the step of a straight and even path, the ends' distance over the number of steps.
+
+        1 where it is straight and even, and else more: the number of steps where it comes all at once, and about that where
+        every point has a picture of its own. NaN where the ends look the same.
+        """
+        steps, ends = self.steps, (self.seen[:, -1] - self.seen[:, 0]).norm(dim=1).double().numpy()
+        return np.where(ends > 0, steps.max(1) * steps.shape[1] / np.maximum(ends, 1e-30), np.nan)
 
 
 def walk(
@@ -171,13 +185,14 @@ def walk(
 
     The length is the perceptual path length of Karras et al. (2019, eq. 2), d(G(t), G(t + ε)) / ε² with d a squared distance,
     at one t a pair, drawn from the path's points before the end; divided by d of the end points, it does not depend on how far
-    apart pictures of a space are: 1 where the picture changes evenly along a straight line, 1 / ε² where every point has a picture
-    of its own. NaN where the ends look the same.
+    apart pictures of a space are: 1 where the picture changes evenly along a straight line, 1 / ε² where every point has a
+    picture of its own. NaN where the ends look the same.
     """
     where = [i / points for i in range(points + 1)]
     codes = torch.stack([way(a, b, t, spherical=spherical) for t in where], 1)
-    pictures = decode(codes.flatten(0, 1)).unflatten(0, (len(a), points + 1))
-    seen = see(pictures.flatten(0, 1)).unflatten(0, (len(a), points + 1))
+    pictures = decode(codes.flatten(0, 1))
+    seen = see(pictures).reshape(len(a), points + 1, -1)
+    pictures = pictures.reshape(len(a), points + 1, *pictures.shape[1:])
     at = torch.randint(points, (len(a),), generator=generator).tolist()
     rows = range(len(a))
     near = torch.cat([way(a[i : i + 1], b[i : i + 1], where[at[i]] + epsilon, spherical=spherical) for i in rows])
@@ -192,14 +207,21 @@ def faded(walks: Walks, see: See) -> Walks:
     first, last = walks.pictures[:, :1], walks.pictures[:, -1:]
     t = torch.linspace(0, 1, walks.pictures.shape[1])[None, :, None, None, None]
     pictures = torch.lerp(first, last, t)
-    return Walks(pictures, see(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2]), np.full(len(pictures), np.nan))
+    seen = see(pictures.flatten(0, 1)).reshape(*pictures.shape[:2], -1)
+    return Walks(pictures, seen, np.full(len(pictures), np.nan))
 
 
 def smoothness(walks: Walks) -> dict[str, Measured]:
-    """`jump`, from 1 (even) to the number of steps (all at once), the mean over the paths; and `path length`, from about 1, the
-    median: of few paths one that crosses a flat, dark area, where LPIPS is all nerves, would be the mean. Karras et al. leave
-    the outermost hundredths out."""
-    return {"jump": Measured.mean(walks.jumps), "path length": Measured.median(walks.lengths)}
+    """`jump` and `leap`, from 1 to the number of steps and beyond, means over the paths; `path length`, from about 1, the median.
+
+    Of few paths one that crosses a flat, dark area, where LPIPS is all nerves, would be the mean length; Karras et al. leave the
+    outermost hundredths out.
+    """
+    return {
+        "jump": Measured.mean(walks.jumps),
+        "leap": Measured.mean(walks.leaps),
+        "path length": Measured.median(walks.lengths),
+    }
 
 
 # --- organization ------------------------------------------------------------------------------------------------------
@@ -207,8 +229,10 @@ def smoothness(walks: Walks) -> dict[str, Measured]:
 
 @dataclass(frozen=True)
 class Correlated:
-    """Spearman correlation of two sets of distances: its value, its interval over the items, what chance reaches in 97.5 of
-    100 permutations, and how often it reaches as much (Mantel 1967)."""
+    """Spearman correlation of two sets of distances, its interval over the items, and what chance makes of it (Mantel 1967).
+
+    null: what 97.5 of 100 permutations stay below. p: how often they reach as much.
+    """
 
     correlation: Measured
     null: float
@@ -220,9 +244,10 @@ def organization(
 ) -> Correlated:
     """Whether what is near in a space is alike: Spearman correlation of its Euclidean distances with those of what is seen.
 
-    1: the order of distances is that of what is seen; about 0: near codes are no more alike than far ones. The null permutes the
-    codes, so that pairs that share one stay together (Mantel's test); the interval draws items again, pairs of an item with
-    itself left out. NaN where one of both does not vary. Raises ProbekitError for less than 4 codes, and for distances that are not of them.
+    1: the order of distances is that of what is seen; about 0: near codes are no more alike than far ones. The null permutes
+    the codes, so that pairs that share one stay together (Mantel's test); the interval draws items again, pairs of an item with
+    itself left out. NaN where one of both does not vary. Raises ProbekitError for less than 4 codes, and for distances that are
+    not of them.
     """
     n = len(codes)
     if n < 4 or apart.shape != (n, n):
@@ -286,16 +311,25 @@ def midpoints(
     middle: Mapping[str, Int[np.ndarray, " n"]],
     last: Mapping[str, Int[np.ndarray, " n"]],
 ) -> dict[str, dict[str, Measured]]:
-    """For each factor how often the midpoint has it as one of the ends has, or as neither, of the pairs whose ends differ in it.
+    """For each factor how often the midpoint has it as `the one` end has, as `the other` or as `neither`: shares that sum to 1,
+    of the pairs whose ends differ in it, and of all such factors of a pair (`all factors`, the mean over pairs).
 
-    `of an end` and `neither`, shares that sum to 1; of two values neither is impossible, and `neither` tells nothing.
+    Of a factor with two values nothing is neither's.
     """
-    told = {}
-    for factor, a in first.items():
-        b, m = last[factor], middle[factor]
-        differ = a != b
-        ends = ((m == a) | (m == b))[differ].astype(float)
-        told[factor] = {"of an end": Measured.mean(ends), "neither": Measured.mean(1 - ends)}
+    told: dict[str, dict[str, Measured]] = {}
+    differ = np.stack([first[factor] != last[factor] for factor in first])
+    shares = {}
+    for share, found in {"the one": first, "the other": last}.items():
+        shares[share] = np.stack([middle[factor] == found[factor] for factor in first])
+    shares["neither"] = ~shares["the one"] & ~shares["the other"]
+    for share, hits in shares.items():
+        counted = np.where(differ, hits, np.nan)
+        for number, factor in enumerate(first):
+            told.setdefault(factor, {})[share] = Measured.mean(counted[number])
+        some = differ.any(0)
+        told.setdefault("all factors", {})[share] = Measured.mean(
+            (hits & differ).sum(0)[some] / differ.sum(0)[some] if some.any() else []
+        )
     return told
 
 
@@ -354,9 +388,9 @@ def relevance(swapped: Swaps, see: See) -> dict[str, dict[str, Measured]]:
 
     Jansen's estimators (1999), generalized to vectors as Lamboni et al. (2011, eq. 10) by adding up over components: with f the
     pictures' vectors, total = E|f(A) - f(A with i of B)|² / E|f(A) - f(B)|² and first = 1 - E|f(B) - f(A with i of B)|² /
-    E|f(A) - f(B)|². Where vectors are the values of a factor as ones and zeros, `total` is how often the factor changes with the
-    input, over how often it changes with all. An only input has 1, an ignored one 0, exactly; inputs that add up have first equal
-    to total, and these sum to 1, but for chance. NaN where no picture differs. The intervals draw the rows again.
+    E|f(A) - f(B)|². Where vectors are the values of a factor as ones and zeros, `total` is how often the factor changes with
+    the input, over how often it changes with all. An only input has 1, an ignored one 0, exactly; inputs that add up have first
+    equal to total, and these sum to 1, but for chance. NaN where no picture differs. The intervals draw the rows again.
     """
     a, b = see(swapped.a).double(), see(swapped.b).double()
     everything = (a - b).square().sum(1).numpy()

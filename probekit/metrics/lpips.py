@@ -61,7 +61,7 @@ def embedded(images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
     """Vectors of images in [-1, 1], whose squared Euclidean distances are the images' LPIPS, float32, on the CPU.
 
     LPIPS adds squared differences of feature maps with weights that are not negative, so that its root is a distance: what
-    needs a metric (detours, steps along a path) or a variance has one. Images with less than 64 pixels a side are enlarged to 64.
+    needs a metric (detours, steps along a path) or a variance has one. Images of less than 64 pixels are enlarged to 64.
     """
     if images.shape[-1] < 64:
         images = F.interpolate(images, (64, 64), mode="bilinear")

@@ -42,7 +42,7 @@ class Manifold:
 
     def holds(self, features: Float[np.ndarray, "m d"]) -> Bool[np.ndarray, " m"]:
         """Which of some features lie in a ball or more: `precision` is the share."""
-        return (_distances(self.features, features) < self.radii[:, None]).any(0)
+        return self.balls(features) > 0
 
 
 @dataclass(frozen=True)

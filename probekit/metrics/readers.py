@@ -130,7 +130,7 @@ def reading(data: str) -> Reading | None:
 
 
 def coded(labels: pd.DataFrame) -> dict[str, np.ndarray]:
-    """A data set's labels, attributes and classes, numbered from 0 by column; numbers are left out, no two of which are equal."""
+    """A data set's attributes and classes, their values numbered from 0; labels that are numbers are left out."""
     import pandas as pd
 
     found = {}
