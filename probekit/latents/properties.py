@@ -68,8 +68,8 @@ NOT_TOLD = Measured(math.nan, math.nan, math.nan, 0)
 # --- density -----------------------------------------------------------------------------------------------------------
 
 
-def gaussian(codes: Codes, n: int, generator: torch.Generator) -> Codes:
-    """n draws from the Gaussian with the codes' mean and covariance (over their number less one), of the codes' shape.
+def gaussian(codes: Codes, count: int, generator: torch.Generator) -> Float[Tensor, "count *shape"]:
+    """That many draws from the Gaussian with the codes' mean and covariance (over their number less one), of the codes' shape.
 
     Drawn as sums of the centred codes, which gives that covariance however few they are. Raises ProbekitError for less than 2.
     """
@@ -77,8 +77,8 @@ def gaussian(codes: Codes, n: int, generator: torch.Generator) -> Codes:
         raise ProbekitError(f"{len(codes)} code: a covariance needs 2 or more")
     flat = codes.flatten(1)
     mean = flat.mean(0)
-    weights = torch.randn(n, len(codes), generator=generator) / math.sqrt(len(codes) - 1)
-    return (mean + weights @ (flat - mean)).reshape(n, *codes.shape[1:])
+    weights = torch.randn(count, len(codes), generator=generator) / math.sqrt(len(codes) - 1)
+    return (mean + weights @ (flat - mean)).reshape(count, *codes.shape[1:])
 
 
 def is_normal(drawn: Codes) -> bool:
@@ -212,10 +212,10 @@ def faded(walks: Walks, see: See) -> Walks:
 
 
 def smoothness(walks: Walks) -> dict[str, Measured]:
-    """`jump` and `leap`, from 1 to the number of steps and beyond, means over the paths; `path length`, from about 1, the median.
+    """`jump` and `leap`, from 1 to the number of steps and beyond, means over paths; `path length`, from about 1, the median.
 
-    Of few paths one that crosses a flat, dark area, where LPIPS is all nerves, would be the mean length; Karras et al. leave the
-    outermost hundredths out.
+    Of few paths one that crosses a flat, dark area, where LPIPS is all nerves, would be the mean length; Karras et al. leave
+    the outermost hundredths out.
     """
     return {
         "jump": Measured.mean(walks.jumps),

@@ -64,9 +64,9 @@ def findings(run: Run, rows: pd.DataFrame) -> Findings:
         tables.append(
             Table(
                 "what the paper says",
-                ("sentence", "space", "measured", "verdict"),
-                [(each.sentence, each.space, each.measured, each.verdict) for each in told],
-                text=("sentence", "space", "measured"),
+                ("sentence", "space", "verdict"),
+                [(each.sentence, each.space, each.verdict) for each in told],
+                text=("sentence", "space", "verdict"),
                 styles={i: {HOLDS: "green", DOES_NOT: "red"}.get(each.verdict, "dim") for i, each in enumerate(told)},
             )
         )
@@ -217,16 +217,16 @@ def _figure(measured: dict[str, dict[str, Cell]], spaces: dict[str, str]) -> Fig
                 low, high = (found.value if math.isnan(each) else each for each in (found.low, found.high))
                 ax.plot([low, high], [y, y], color="#2f6db5", lw=1.6, zorder=3)
                 ax.plot(found.value, y, "o", color="#2f6db5", ms=5.5, zorder=4)
-                ax.text(left + 1.08 * reach, y, f"{found.value:.2f}", ha="left", va="center", fontsize=9)
+                ax.text(left + 1.09 * reach, y, f"{found.value:.2f}", ha="left", va="center", fontsize=9)
                 if mark:
                     agrees = verdict(prop, mark, found)
                     sign = {HOLDS: "=", DOES_NOT: "≠", OPEN: "?"}[agrees]
                     said = {V: "V", X: "X", PARTLY: "V/X"}[mark]
                     ax.text(
-                        left + 1.46 * reach, y, said, ha="center", va="center", fontsize=9, weight="bold", color=_COLOURS[mark]
+                        left + 1.60 * reach, y, said, ha="center", va="center", fontsize=9, weight="bold", color=_COLOURS[mark]
                     )
-                    ax.text(left + 1.31 * reach, y, sign, ha="center", va="center", fontsize=9, color="#6d6b62")
-            ax.set_xlim(left - 0.04 * reach, left + 1.56 * reach)
+                    ax.text(left + 1.43 * reach, y, sign, ha="center", va="center", fontsize=9, color="#6d6b62")
+            ax.set_xlim(left - 0.04 * reach, left + 1.72 * reach)
             ax.set_ylim(len(measured) - 0.5, -0.5)
             ax.set_title(f"{prop}\n", loc="left", fontsize=10.5, weight="bold", pad=2)
             ax.text(0, 1, _ASKS[prop], transform=ax.transAxes, fontsize=8.5, color="#6d6b62", va="bottom")
