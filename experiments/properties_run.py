@@ -175,15 +175,15 @@ class PropertiesRun(Experiment):
         from probekit.models import inputs
 
         data = self.data_of(model)
-        # those beside the ones that the codes come from where there are enough: the relevance is of other draws
         numbers = data.split("test")[: 2 * self.n]
         if space.name in (known := inputs.names(model)):
             steps = space.parameters["steps"]
             try:
                 captions = data.captions(numbers)
             except ProbekitError:
-                return Inputs((space.name,), self._decoded(space, data, numbers), "captions, of which the data has none")
+                return Inputs((space.name,), self._decoded(space, data, numbers), "its caption is fixed, the data has none")
             return dataclasses.replace(inputs.inputs(model, captions, steps=steps, seed=self.seed), names=known)
+        fixed = "its model's caption is fixed" if known and "condition" in space.made_of else ""
         if space.around is not None:
             images = functools.cache(lambda: data.images(numbers))
             codes = functools.cache(lambda: self.codes(space, data, numbers))
@@ -191,8 +191,8 @@ class PropertiesRun(Experiment):
             def paint(drawn: Mapping[str, Sequence[int]]) -> Tensor:
                 return space.decode(codes()[drawn[space.name]], rest_of=images()[drawn["the rest"]])
 
-            return Inputs((space.name, "the rest"), paint)
-        return Inputs((space.name,), self._decoded(space, data, numbers))
+            return Inputs((space.name, "the rest"), paint, fixed)
+        return Inputs((space.name,), self._decoded(space, data, numbers), fixed)
 
     def _decoded(self, space: LatentSpace, data: Dataset, numbers: np.ndarray) -> Any:
         codes = functools.cache(lambda: self.codes(space, data, numbers))
@@ -391,9 +391,10 @@ class _Look:
             kept = space.decode(codes, rest_of=self.data.images(numbers))
         self.where(kept, "own")
         real = self.data.images(self.data.split("test")[n : 2 * n])
+        of_data = named("destroyed pictures", self.data.digest, self.experiment.seed)  # the same beside every space
         self.where(real, "real")
-        self.where(_shuffled(real, generator), "patches")
-        self.where(torch.rand(real.shape, generator=generator) * 2 - 1, "pixel noise")
+        self.where(_shuffled(real, of_data), "patches")
+        self.where(torch.rand(real.shape, generator=of_data) * 2 - 1, "pixel noise")
         return own
 
     def smoothness(self, codes: Tensor) -> None:
