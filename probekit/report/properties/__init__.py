@@ -54,7 +54,7 @@ def findings(run: Run, rows: pd.DataFrame) -> Findings:
     told = judged(asked, spaces)
     tables = [
         Table(
-            "density: precision; smoothness: leap, 1 is even; organization: correlation with LPIPS; relevance: total index",
+            "density: precision; smoothness: jump, 1 is even; organization: correlation with LPIPS; relevance: total index",
             ("space", *PROPERTIES),
             [(space, *(number(cells[prop]) for prop in PROPERTIES)) for space, cells in measured.items()],
             text=("space",),
@@ -150,8 +150,8 @@ def _numbers(asked: Rows, space: str, name: str, inputs: list[str]) -> list[tupl
             f"precision, {of} pictures" if of == "real" else f"precision, {of}",
             asked.get(space, "density", "precision", of, "alexnet"),
         )
-    add("largest step over the mean one (jump)", asked.get(space, "smoothness", "jump", "path", asked.path(space)))
-    add("the same of a cross-fade", asked.get(space, "smoothness", "jump", "cross-fade"))
+    add("largest step over an even path's (leap)", asked.get(space, "smoothness", "leap", "path", asked.path(space)))
+    add("the same of a cross-fade", asked.get(space, "smoothness", "leap", "cross-fade"))
     add("path length over the ends' distance", asked.get(space, "smoothness", "path length", "path", asked.path(space)), ".1f")
     add("precision along the paths", asked.get(space, "smoothness", "precision", "path", "alexnet"))
     add("correlation with factors that differ", asked.get(space, "organization", "correlation", "codes", "factors"))
@@ -217,7 +217,7 @@ def _figure(measured: dict[str, dict[str, Cell]], spaces: dict[str, str]) -> Fig
                 low, high = (found.value if math.isnan(each) else each for each in (found.low, found.high))
                 ax.plot([low, high], [y, y], color="#2f6db5", lw=1.6, zorder=3)
                 ax.plot(found.value, y, "o", color="#2f6db5", ms=5.5, zorder=4)
-                ax.text(left + 1.09 * reach, y, f"{found.value:.2f}", ha="left", va="center", fontsize=9)
+                ax.text(left + 1.09 * reach, y, f"{found.value:.2f}" + "*" * found.broken, ha="left", va="center", fontsize=9)
                 if mark:
                     agrees = verdict(prop, mark, found)
                     sign = {HOLDS: "=", DOES_NOT: "≠", OPEN: "?"}[agrees]
@@ -232,7 +232,7 @@ def _figure(measured: dict[str, dict[str, Cell]], spaces: dict[str, str]) -> Fig
             ax.text(0, 1, _ASKS[prop], transform=ax.transAxes, fontsize=8.5, color="#6d6b62", va="bottom")
             ticks = {"smoothness": [POINTS, (POINTS + 1) / 2, 1], "organization": [0, 0.5, 1]}.get(prop, [0, 0.5, 1])
             ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
-            names = {"density": "precision", "smoothness": "leap", "organization": "correlation", "relevance": "total index"}
+            names = {"density": "precision", "smoothness": "jump", "organization": "correlation", "relevance": "total index"}
             ax.set_xlabel(names[prop], fontsize=8.5, loc="left")
             ax.tick_params(length=0)
             for spine in ax.spines.values():

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from probekit.latents.properties import POINTS
+from probekit.latents.properties import EPSILON, POINTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +45,8 @@ def kind(told: str) -> str | None:
 class Cell:
     """One number of a space, with what bounds it.
 
-    worst, best: the floor and the ceiling measured beside it. interval: NaN where it has none. what: the number in words.
+    low, high: NaN where it has no interval. worst, best: the floor and the ceiling measured beside it. what: the number in words.
+    broken: of a space in which every point has a picture of its own, so that even steps say nothing.
     """
 
     value: float
@@ -54,6 +55,7 @@ class Cell:
     worst: float
     best: float
     what: str = ""
+    broken: bool = False
 
     @property
     def share(self) -> tuple[float, float, float]:
@@ -91,8 +93,8 @@ def cell(rows: Rows, space: str, name: str, prop: str) -> Cell:
     """The number that stands for a property of a space, beside its floor and ceiling.
 
     Density: the precision of what decodes from the prior or, without one, from a Gaussian of the codes' mean and covariance,
-    between that of shuffled patches and of the model's own pictures. Smoothness: the leap, between all at once and that of a
-    cross-fade. Organization: the correlation with LPIPS, from what chance reaches to 1. Relevance: the total index, 0 to 1.
+    between that of shuffled patches and of the model's own pictures. Smoothness: the jump, between all at once and that of a
+    cross-fade; a path length nearer to 1 / ε² than to 1, by their logarithms, means that every point has a picture of its own. Organization: the correlation with LPIPS, from what chance reaches to 1. Relevance: the total index, 0 to 1.
     """
     if prop == "density":
         drawn = rows.drawn(space)
@@ -100,8 +102,9 @@ def cell(rows: Rows, space: str, name: str, prop: str) -> Cell:
         worst, best = (rows.get(space, prop, "precision", of, "alexnet")[0] for of in ("patches", "own"))
         return Cell(value, low, high, worst, best, f"precision, {drawn}")
     if prop == "smoothness":
-        value, low, high, _ = rows.get(space, prop, "leap", "path", rows.path(space))
-        return Cell(value, low, high, float(POINTS), rows.get(space, prop, "leap", "cross-fade")[0], "leap")
+        value, low, high, _ = rows.get(space, prop, "jump", "path", rows.path(space))
+        broken = rows.get(space, prop, "path length", "path", rows.path(space))[0] > 1 / EPSILON
+        return Cell(value, low, high, float(POINTS), rows.get(space, prop, "jump", "cross-fade")[0], "jump", broken)
     if prop == "organization":
         by = "lpips" if not math.isnan(rows.get(space, prop, "correlation", "codes", "lpips")[0]) else "factors"
         value, low, high, _ = rows.get(space, prop, "correlation", "codes", by)
@@ -125,6 +128,8 @@ def verdict(prop: str, mark: str, found: Cell) -> str:
     _, low, high = found.share
     if math.isnan(low) or math.isnan(high):
         return OPEN
+    if found.broken:
+        return HOLDS if mark == X else DOES_NOT
     if prop == "organization":
         clear, none = low > 0, found.share[0] <= 0
         yes, no = (clear, none) if mark == V else (none, clear)
@@ -182,7 +187,9 @@ def _all_of(*marks: tuple[str, str]) -> Callable[[Rows, str, str], tuple[str, st
 
 def _jumps(rows: Rows, space: str, name: str) -> tuple[str, str]:
     found = cell(rows, space, name, "smoothness")
-    said = f"largest step {number(found)} times that of an even path; {found.best:.2f} in a cross-fade"
+    said = f"largest step {number(found)} times the mean one; {found.best:.2f} in a cross-fade"
+    if found.broken:
+        return f"{said}; every point has a picture of its own", HOLDS
     if math.isnan(found.low):
         return said, OPEN
     _, low, high = found.share
