@@ -45,7 +45,7 @@ def kind(told: str) -> str | None:
 class Cell:
     """One number of a space, with what bounds it.
 
-    low, high: NaN where it has no interval. worst, best: the floor and the ceiling measured beside it. what: the number in words.
+    low, high: NaN where it has no interval. worst, best: the floor and the ceiling measured beside it. what: in words.
     broken: of a space in which every point has a picture of its own, so that even steps say nothing.
     """
 
@@ -94,7 +94,8 @@ def cell(rows: Rows, space: str, name: str, prop: str) -> Cell:
 
     Density: the precision of what decodes from the prior or, without one, from a Gaussian of the codes' mean and covariance,
     between that of shuffled patches and of the model's own pictures. Smoothness: the jump, between all at once and that of a
-    cross-fade; a path length nearer to 1 / ε² than to 1, by their logarithms, means that every point has a picture of its own. Organization: the correlation with LPIPS, from what chance reaches to 1. Relevance: the total index, 0 to 1.
+    cross-fade; a path length nearer to 1 / ε² than to 1, by their logarithms, means that every point has a picture of its own.
+    Organization: the correlation with LPIPS, from what chance reaches to 1. Relevance: the total index, 0 to 1.
     """
     if prop == "density":
         drawn = rows.drawn(space)
