@@ -187,14 +187,14 @@ def _all_of(*marks: tuple[str, str]) -> Callable[[Rows, str, str], tuple[str, st
 
 
 def _jumps(rows: Rows, space: str, name: str) -> tuple[str, str]:
-    found = cell(rows, space, name, "smoothness")
-    said = f"largest step {number(found)} times the mean one; {found.best:.2f} in a cross-fade"
-    if found.broken:
-        return f"{said}; every point has a picture of its own", HOLDS
-    if math.isnan(found.low):
-        return said, OPEN
-    _, low, high = found.share
-    return said, HOLDS if high < 0.5 else DOES_NOT if low >= 0.5 else OPEN
+    # by the leap: a path that is all jumps has even steps, but each goes as far as the ends are apart
+    value, low, high, _ = rows.get(space, "smoothness", "leap", "path", rows.path(space))
+    found = Cell(value, low, high, float(POINTS), rows.get(space, "smoothness", "leap", "cross-fade")[0])
+    said = (
+        f"largest step {number(found)} times an even path's, {POINTS} is as far as the ends; {found.best:.2f} in a cross-fade"
+    )
+    _, least, most = found.share
+    return said, HOLDS if most < 0.5 else DOES_NOT if least >= 0.5 else OPEN
 
 
 def _composition(rows: Rows, space: str, name: str) -> tuple[str, str]:
