@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from probekit.experiments.invert_trajectory import InvertTrajectory as InvertTrajectory
     from probekit.experiments.noise_map_run import NoiseMapRun as NoiseMapRun
     from probekit.experiments.probe_run import ProbeRun as ProbeRun
+    from probekit.experiments.properties_run import PropertiesRun as PropertiesRun
     from probekit.experiments.stitch_edit import StitchEdit as StitchEdit
     from probekit.experiments.stitch_run import StitchRun as StitchRun
     from probekit.runs.experiment import Experiment
@@ -31,6 +32,7 @@ EXPERIMENTS = {
     "invert-trajectory": "invert_trajectory:InvertTrajectory",
     "invert-interpolate": "invert_interpolate:InvertInterpolate",
     "noise-map-run": "noise_map_run:NoiseMapRun",
+    "properties-run": "properties_run:PropertiesRun",
 }
 """By the name of the command and of the runs' folder: the module and its class."""
 

@@ -31,6 +31,7 @@ _GROUPS = {
     "dynamics": "How latent spaces form while a model is trained.",
     "invert": "From images to latents and back, and where the latents lie.",
     "noise-map": "Which noise belongs to which sample, by L2.",
+    "properties": "How dense, smooth, organized and relevant latent spaces are.",
     "latents": "Encode data sets into latent spaces, once.",
     "zoo": "The small models that ship with probekit: train them, measure them.",
 }

@@ -54,3 +54,21 @@ def distances(a: Float[Tensor, "n 3 h w"], b: Float[Tensor, "n 3 h w"]) -> Float
         a, b = (F.interpolate(x, (64, 64), mode="bilinear") for x in (a, b))
     pairs = zip(torch.split(a, 50), torch.split(b, 50), strict=True)
     return torch.cat([network()(x, y).flatten() for x, y in pairs])
+
+
+@torch.no_grad()
+def embedded(images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
+    """Vectors of images in [-1, 1], whose squared Euclidean distances are the images' LPIPS, float32, on the CPU.
+
+    LPIPS adds squared differences of feature maps with weights that are not negative, so that its root is a distance: what
+    needs a metric (detours, steps along a path) or a variance has one. Images of less than 64 pixels are enlarged to 64.
+    """
+    if images.shape[-1] < 64:
+        images = F.interpolate(images, (64, 64), mode="bilinear")
+    parts = []
+    for batch in torch.split(images, 50):
+        maps = zip(*features(batch), strict=True)
+        weights = [lin.model[-1].weight[0].clamp(min=0).sqrt() for lin in network().lins]
+        flat = [(torch.stack(m) * w / m[0][0].numel() ** 0.5).flatten(1) for m, w in zip(maps, weights, strict=True)]
+        parts.append(torch.cat(flat, 1))
+    return torch.cat(parts) if parts else torch.empty(0, 0)

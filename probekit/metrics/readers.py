@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -14,6 +18,9 @@ from torch import Tensor, nn
 from probekit.bundled import weights
 from probekit.data import avatars
 from probekit.data.scenes import VALUES
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class SceneReader(nn.Module):
@@ -30,10 +37,14 @@ class SceneReader(nn.Module):
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> dict[str, Float[Tensor, "n _values"]]:
         """Logits of every attribute's values."""
+        features = self.see(images)
+        return {a: head(features) for a, head in self.heads.items()}
+
+    def see(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 256"]:
+        """What the logits are linear in."""
         if images.shape[-2:] != (64, 64):
             images = F.interpolate(images, (64, 64), mode="bilinear", antialias=True)
-        features = self.features(images)
-        return {a: head(features) for a, head in self.heads.items()}
+        return self.features(images)
 
     @torch.no_grad()
     def read(self, images: Float[Tensor, "n 3 h w"]) -> dict[str, Int[Tensor, " n"]]:
@@ -54,9 +65,13 @@ class AvatarReader(nn.Module):
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n attributes"]:
         """Logits."""
+        return self.head(self.see(images))
+
+    def see(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 128"]:
+        """What the logits are linear in."""
         if images.shape[-2:] != (avatars.IMAGE_SIZE, avatars.IMAGE_SIZE):
             images = F.interpolate(images, (avatars.IMAGE_SIZE, avatars.IMAGE_SIZE), mode="bilinear", antialias=True)
-        return self.head(self.features(images))
+        return self.features(images)
 
     @torch.no_grad()
     def read(self, images: Float[Tensor, "n 3 h w"]) -> Bool[Tensor, "n attributes"]:
@@ -82,3 +97,54 @@ def avatar_reader() -> AvatarReader:
 
 def _stored(name: str) -> dict[str, Tensor]:
     return {key: value.float() for key, value in load_file(weights(name) / "model.safetensors").items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a reader reads off pictures. values: how many values each factor has. read: each factor's, numbered from 0, a row a
+    picture. see: what it reads them from, (n, d)."""
+
+    values: Mapping[str, int]
+    read: Callable[[Tensor], dict[str, np.ndarray]]
+    see: Callable[[Tensor], Tensor]
+
+
+def reading(data: str) -> Reading | None:
+    """How the factors of a data set of that name are read, `scenes` or `avatars`; None of others."""
+    if data == "scenes":
+        scenes = scene_reader()
+
+        def of_scenes(images: Tensor) -> dict[str, np.ndarray]:
+            return {factor: seen.numpy() for factor, seen in scenes.read(images).items()}
+
+        return Reading({factor: len(values) for factor, values in VALUES.items()}, of_scenes, _by_parts(scenes.see))
+    if data == "avatars":
+        faces = avatar_reader()
+
+        def of_faces(images: Tensor) -> dict[str, np.ndarray]:
+            seen = faces.read(images).long().numpy()
+            return {attribute: seen[:, i] for i, attribute in enumerate(avatars.ATTRIBUTES)}
+
+        return Reading(dict.fromkeys(avatars.ATTRIBUTES, 2), of_faces, _by_parts(faces.see))
+    return None
+
+
+def coded(labels: pd.DataFrame) -> dict[str, np.ndarray]:
+    """A data set's attributes and classes, their values numbered from 0; labels that are numbers are left out."""
+    import pandas as pd
+
+    found = {}
+    for name in labels:
+        if isinstance(labels[name].dtype, pd.CategoricalDtype):
+            found[str(name)] = labels[name].cat.codes.to_numpy()
+        elif labels[name].dtype == bool:
+            found[str(name)] = labels[name].to_numpy().astype(int)
+    return found
+
+
+def _by_parts(see: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    @torch.no_grad()
+    def seen(images: Tensor) -> Tensor:
+        return torch.cat([see(part) for part in torch.split(images.float().cpu(), 100)])
+
+    return seen

@@ -27,7 +27,7 @@ from probekit.models.hub import check_offload, choose_device
 from probekit.models.model import Model
 from probekit.models.papers import ddpm, diffusevae, rosinality, stylegan2_ada
 
-__all__ = ["FORMATS", "Model", "load", "load_space", "load_spaces"]
+__all__ = ["FORMATS", "Model", "load", "load_space", "load_spaces", "load_with_models"]
 
 FORMATS: list[Format] = [
     *vae.FORMATS,
@@ -106,6 +106,11 @@ def load_spaces(specs: Sequence[str], *, device: str = "auto", baseline: bool = 
     A model that several name is loaded once. Convolutional models among others take the others' image size, as All Roads has it
     with the VQ-VAE made for 256 pixels. Raises ProbekitError as `load_space`.
     """
+    return [space for _, space in load_with_models(specs, device=device, baseline=baseline)]
+
+
+def load_with_models(specs: Sequence[str], *, device: str = "auto", baseline: bool = False) -> list[tuple[Model, LatentSpace]]:
+    """`load_spaces`, each space with its model: for what asks more of it, such as its other inputs."""
     wanted = [*specs, *(["random"] if baseline and not any(_split(spec)[0] == "random" for spec in specs) else [])]
     models: dict[str, Model] = {}
     for spec in wanted:
@@ -119,7 +124,7 @@ def load_spaces(specs: Sequence[str], *, device: str = "auto", baseline: bool = 
         model = models[name]
         if len(sizes) == 1 and model.at_size is not None and model.image_size not in sizes:
             model = models[name] = model.at_size(*sizes)
-        found.append(model.space(space or None, label=spec))
+        found.append((model, model.space(space or None, label=spec)))
     return found
 
 
