@@ -320,7 +320,7 @@ class ProbeLayers(Experiment):
         from probekit.latents.positions import at_positions
         from probekit.sampling import sample
 
-        diffusion, pictures = self.diffusion, dict[str, Tensor]()
+        diffusion, pictures = self.diffusion, dict[str, torch.Tensor]()
         schedule = diffusion.schedule(self.num_steps or 20) if condition == SAMPLING else None
         chosen = [la.name for la in self.probed_layers]
         for part in self._parts():
@@ -444,7 +444,7 @@ def swept(
         raise ProbekitError(f"{flag}: varies {', '.join(summary.factors)}, of which the data's labels say nothing")
     windows = {label: within(label, run.config["options"]["num_steps"]) for label in summary.windows}
     kept = ["window", "layer", "factor", "transfer", "low", "high", "null", "null_low", "null_high", "pairs"]
-    numbers = summary.main[summary.main.factor.isin(list(labels))][kept].dropna()
+    numbers = summary.main[summary.main.factor.isin(list(labels))][kept].dropna(subset=["transfer"]).fillna(0.0)
     return {
         "factors": labels,
         "windows": {label: times for label, times in windows.items() if times},
