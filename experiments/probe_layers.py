@@ -59,7 +59,9 @@ class ProbeLayers(Experiment):
         str | None,
         typer.Option(help="Whether the network is told the captions: with, without or both. [default: both, where there are]"),
     ] = None
-    during: Annotated[str, typer.Option("--while", help="noised (images with noise added) or sampling (from noise).")] = "noised"
+    during: Annotated[str, typer.Option("--while", help="noised (images with noise added) or sampling (from noise).")] = (
+        "noised"
+    )
     num_steps: Annotated[int | None, typer.Option(min=1, help="Steps of --while sampling. [default: 20]")] = None
     guidance: Annotated[
         float | None, typer.Option(min=1, help="Guidance scale of --while sampling. [default: 3 for bundled models, else 1]")
@@ -168,7 +170,7 @@ class ProbeLayers(Experiment):
 
     @functools.cached_property
     def probed_timesteps(self) -> dict[float, int]:
-        """The timesteps, noise first, and while sampling the step of each; else -1. Raises ProbekitError for one that is none."""
+        """The timesteps, noise first, and while sampling the step of each, else -1. Raises ProbekitError for what is none."""
         trained = int(self.diffusion.scheduler.config.num_train_timesteps)
         text = self.timesteps or ",".join(str(trained * part // 8) for part in EIGHTHS)
         wanted = sorted({int(part) for part in names(text, "--timesteps")}, reverse=True)
@@ -267,7 +269,14 @@ class ProbeLayers(Experiment):
                 if layer == INPUT and network == "untrained":
                     continue  # the same
                 order = next((la.order for la in self.probed_layers if la.name == layer), -1)
-                at = {"network": network, "condition": condition, "t": t, "order": order, "layer": layer, "positions": positions}
+                at = {
+                    "network": network,
+                    "condition": condition,
+                    "t": t,
+                    "order": order,
+                    "layer": layer,
+                    "positions": positions,
+                }
                 rows += [at | told for told in self._read(x)]
                 bench.advance(_OF_A_LAYER // 2)
         return Work(rows, {name: picture for name, picture in pictures.items() if network == "trained"})
@@ -414,9 +423,7 @@ class Spool:
             path.unlink()
 
 
-def swept(
-    folder: Path, digest: str, factors: Sequence[str], within: Callable[[str, int], list[float]]
-) -> dict[str, Any]:
+def swept(folder: Path, digest: str, factors: Sequence[str], within: Callable[[str, int], list[float]]) -> dict[str, Any]:
     """What each layer carries, of a finished sweep's folder: `numbers`, a record a window, layer and factor; as JSON.
 
     factors: by name the labels that make up each of the sweep's; windows: by label the probed timesteps in it.

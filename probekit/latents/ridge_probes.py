@@ -102,9 +102,8 @@ def tasks(labels: pd.DataFrame, train: int, seed: int = 0) -> tuple[list[Task], 
     values first, as long as `IMAGES_OF_A_TYPE` training images are left for each. Where an image has no other label every image
     is a type of its own, and nothing can be learned. Random answers are drawn from the label's own.
     """
-    import pandas as pd
-
-    found, skipped = [], {}
+    found: list[Task] = []
+    skipped: dict[str, str] = {}
     for name in map(str, labels):
         column, number = labels[name], not (is_attribute(labels[name]) or is_class(labels[name]))
         known = column.notna().to_numpy()

@@ -114,8 +114,8 @@ def headline(told: pd.DataFrame, condition: str) -> str:
 
 def _table(told: pd.DataFrame, config: dict[str, Any]) -> Table:
     name = Path(config["options"]["model"]).name
-    columns = ("", "label", "best", "t", "read right", "95%", "chance", "selectivity", "untrained", "input", "pixels")
-    columns = (*columns, "first by", "half of it since t")
+    columns = ["", "label", "best", "t", "read right", "95%", "chance", "selectivity", "untrained", "input", "pixels"]
+    columns += ["first by", "half of it since t"]
     rows = [
         (
             UNDER[r.condition],
@@ -221,9 +221,7 @@ def _named_table(judged: pd.DataFrame, swept: dict[str, Any], condition: str) ->
 # --- the page ----------------------------------------------------------------------------------------------------------
 
 
-def _page(
-    run: Run, rows: pd.DataFrame, told: pd.DataFrame, judged: dict[str, pd.DataFrame], says: Sequence[str]
-) -> bytes:
+def _page(run: Run, rows: pd.DataFrame, told: pd.DataFrame, judged: dict[str, pd.DataFrame], says: Sequence[str]) -> bytes:
     figures, inputs = run.folder / "figures", run.config["inputs"]
     swept = inputs.get("swept")
     conditions = []
@@ -309,7 +307,7 @@ def _maps(rows: pd.DataFrame, condition: str) -> Figure:
     at = {name: i + (0.35 if i > 1 else 0) + (0.35 if name == UNTRAINED else 0) for i, name in enumerate(names)}
     columns = min(6, len(factors))
     lines = math.ceil(len(factors) / columns)
-    wide = max(1.15, 0.34 * len(times))
+    wide = max(1.36, 0.34 * len(times))
     with plt.rc_context(style()):
         size = (1.7 + (wide + 0.12) * columns, lines * (0.215 * len(names) + 0.55) + 0.45)
         figure, axes = plt.subplots(lines, columns, figsize=size, sharey=True, layout="constrained", squeeze=False)
@@ -338,8 +336,10 @@ def _maps(rows: pd.DataFrame, condition: str) -> Figure:
                     bold = "bold" if clear and name in layers else "normal"
                     ink = "white" if part > 0.62 else "#26251f"
                     ax.text(x, y, told, ha="center", va="center", fontsize=6.6, color=ink, fontweight=bold)
-            ax.set_title(f"{factor.replace('_', ' ')}  ", color=own, fontsize=9.5, fontweight="bold", pad=3)
-            ax.text(1, 1.002, f"chance {chance:.2f}".replace("0.", "."), transform=ax.transAxes, fontsize=6, ha="right", va="bottom")
+            ax.set_title(factor.replace("_", " "), color=own, fontsize=9.5, fontweight="bold", pad=3, loc="left")
+            ax.text(
+                1, 1.002, f"chance {chance:.2f}".replace("0.", "."), transform=ax.transAxes, fontsize=6, ha="right", va="bottom"
+            )
             ax.set(xlim=(-0.5, len(times) - 0.5), ylim=(max(at.values()) + 0.5, -0.5))
             ax.set_xticks(range(len(times)), [f"{t:g}" for t in times], fontsize=7.5)
             ax.set_yticks(list(at.values()), [_row_name(name) for name in names], fontsize=7.5)
@@ -395,10 +395,14 @@ def _scatter(judged: pd.DataFrame, swept: dict[str, Any], windows: Sequence[str]
                 ax.tick_params(length=2)
             if not one:
                 row[0].set_ylabel(f"steps {window}", fontsize=8.5)
-        figure.supxlabel("knows: probe accuracy over chance (0 chance, 1 all right); small rings: the layer untrained", fontsize=9)
+        figure.supxlabel(
+            "knows: probe accuracy over chance (0 chance, 1 all right); small rings: the layer untrained", fontsize=9
+        )
         figure.supylabel("carries: transfer over null", fontsize=9)
         handles = [Line2D([], [], marker="o", ls="", ms=6, mfc=c, mec="white") for c in VERDICTS.values()]
-        figure.legend(handles, list(VERDICTS), loc="outside upper left", ncols=4, frameon=False, handletextpad=0.2, fontsize=8.5)
+        figure.legend(
+            handles, list(VERDICTS), loc="outside upper left", ncols=4, frameon=False, handletextpad=0.2, fontsize=8.5
+        )
         plt.close(figure)
     return figure
 
@@ -425,4 +429,3 @@ def _name_points(ax: Any, mine: pd.DataFrame) -> None:
             zorder=4,
             arrowprops={"arrowstyle": "-", "lw": 0.4, "color": VERDICTS[p.verdict], "shrinkA": 0, "shrinkB": 2},
         )
-
