@@ -48,7 +48,7 @@ def test_the_classifier_is_scikit_learns_with_the_same_penalty(width: int, class
     alphas = [0.01, 1.0, 30.0, 1000.0, 30000.0]
     ours, theirs = RidgeClassifier(alphas).fit(x[:80], labels[:80]), RidgeClassifierCV(alphas).fit(x[:80], labels[:80])
     assert ours.alpha_ == theirs.alpha_ and np.array_equal(ours.classes_, theirs.classes_)
-    np.testing.assert_allclose(ours.coef_, theirs.coef_, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(np.squeeze(ours.coef_), np.squeeze(theirs.coef_), rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(np.squeeze(ours.decide(x[80:])), theirs.decision_function(x[80:]), rtol=1e-6, atol=1e-9)
     assert np.array_equal(ours.predict(x[80:]), theirs.predict(x[80:]))
 
@@ -83,15 +83,18 @@ def class_of(values: Any) -> Task:
 
 def test_pixels_know_what_a_linear_map_of_the_image_can_and_not_what_none_can() -> None:
     draw = np.random.default_rng(0)
-    pixels = draw.standard_normal((900, 40))
-    weights = draw.standard_normal((40, 3))
-    linear = np.array(["a", "b", "c"])[(pixels @ weights).argmax(1)]
-    number = pixels @ weights[:, 0] + 5
-    product = np.where(pixels[:, 0] * pixels[:, 1] > 0, "same", "other")
-    read = {name: Reader([class_of(v)], 600).read(pixels)["it"] for name, v in (("l", linear), ("n", number), ("p", product))}
-    assert read["l"].value > 0.93 and read["l"].low > 0.9
-    assert read["n"].value > 0.9999 and read["n"].chance == 0 and read["n"].low <= read["n"].value <= read["n"].high
-    assert read["p"].low < 0.5 < read["p"].high and read["p"].chance == 0.5
+    pictures = draw.uniform(-1, 1, (900, 3, 6, 6))
+    left, right = pictures[..., :3].mean((1, 2, 3)), pictures[..., 3:].mean((1, 2, 3))
+    asked = {
+        "side": np.where(left > right, "left", "right"),
+        "brightness": left + right,
+        "pattern": np.where(left * right > 0, "same", "other"),  # no linear map of the pixels tells it
+    }
+    read = {name: Reader([class_of(v)], 600).read(pictures.reshape(900, -1))["it"] for name, v in asked.items()}
+    assert read["side"].value > 0.9 and read["side"].low > 0.85
+    number = read["brightness"]
+    assert number.value > 0.9999 and number.chance == 0 and number.low <= number.value <= number.high
+    assert read["pattern"].low < 0.5 < read["pattern"].high and read["pattern"].chance == 0.5
 
 
 def test_shuffled_labels_are_read_at_chance_and_so_is_a_control_task_without_types() -> None:
@@ -218,8 +221,12 @@ def test_an_untrained_network_has_its_own_weights_back(tiny_sd: Any) -> None:
 
 def test_layers_are_captured_for_the_noised_image_under_its_own_caption(folder: Path) -> None:
     """Held against the U-Net called by itself, with a plain hook."""
+
+    class Quiet:
+        def advance(self, count: int) -> None: ...
+
     experiment = ProbeLayers(model="sd", train=20, test=10, timesteps="300", layers=LAYERS[1::2], device="cpu", batch_size=8)
-    states = experiment.work(experiment.plan()[0], None).arrays["states"]  # type: ignore[arg-type]
+    states = experiment.work(experiment.plan()[0], Quiet()).arrays["states"]  # type: ignore[arg-type]
     model, data, numbers = experiment.loaded, experiment.images, experiment.numbers
     scheduler = model.pipeline.scheduler
     row, kept = 13, {}
@@ -228,9 +235,6 @@ def test_layers_are_captured_for_the_noised_image_under_its_own_caption(folder: 
     clean = model.diffusion.encode(data.images(numbers[row : row + 1]))
     noised = scheduler.add_noise(clean, model.diffusion.noise([row], 0), torch.tensor([300]))
     caption = data.captions(numbers[row : row + 1])[0]
-
-    class Quiet:
-        def advance(self, count: int) -> None: ...
 
     for condition, prompt in (("with", caption), ("without", "")):
         with torch.no_grad():
@@ -263,7 +267,7 @@ def made(values: dict[tuple[str, str, str, float], float], chance: float = 0.2) 
 def planted() -> pd.DataFrame:
     """Layer a knows a little, b all at t 100 and its grid more than its mean, c as much as untrained."""
     values = {("", PIXELS, "grid", float("nan")): 0.3, ("", PIXELS, "mean", float("nan")): 0.2}
-    for t, (a, b, c) in {800.0: (0.3, 0.45, 0.6), 400.0: (0.4, 0.7, 0.6), 100.0: (0.4, 1.0, 0.97)}.items():
+    for t, (a, b, c) in {800.0: (0.3, 0.45, 0.62), 400.0: (0.4, 0.7, 0.6), 100.0: (0.4, 1.0, 0.97)}.items():
         for layer, value in zip("abc", (a, b, c), strict=True):
             values["trained", layer, "grid", t], values["trained", layer, "mean", t] = value, value - 0.1
             values["untrained", layer, "grid", t], values["untrained", layer, "mean", t] = 0.2, 0.15
@@ -303,9 +307,7 @@ def test_a_layer_knows_above_its_untrained_self_and_carries_above_the_null() -> 
     for record in numbers:
         record["low"] = 0.1
     nothing = verdicts(planted(), swept, "with")
-    assert nothing[nothing.window == "all"].verdict.tolist() == [BOTH, KNOWS, NEITHER] or set(
-        nothing[nothing.window == "all"].verdict
-    ) == {KNOWS, NEITHER}
+    assert nothing[nothing.window == "all"].verdict.tolist() == [KNOWS, KNOWS, NEITHER]
 
 
 # --- the command -------------------------------------------------------------------------------------------------------
@@ -442,11 +444,14 @@ def test_shards_give_the_results_of_one_run_and_another_seed_others(folder: Path
         (["--while", "sampling", "--captions", "with"], "--while sampling pictures are made from their captions"),
         (["--layers", "nothing"], "nothing"),
         (["--train", "40000"], "--train 40000 and --test 40: scenes has 30240 images"),
-        (["--data", "photos"], "nothing to probe for (it has no labels)"),
+        (["--data", "folder:bare"], "nothing to probe for (it has no labels)"),
         (["--data", "avatars", "--captions", "with"], "--captions with: data 'avatars': has no captions"),
         (["--model", "avatar-vae"], "makes no images from noise step by step"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(folder: Path, options: list[str], said: str) -> None:
+    (folder / "bare").mkdir()
+    for i in range(100):
+        (folder / "bare" / f"{i}.png").write_bytes(b"")
     assert said in refused(*RUN, *options, "--out", "run")
     assert not (folder / "run").exists()
