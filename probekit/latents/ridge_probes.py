@@ -27,13 +27,15 @@ class RidgeClassifier:
     As scikit-learn's `RidgeClassifierCV`: one target where there are two classes; the penalty is the one of `alphas` whose
     squared error when each row is left out and predicted from the others is the smallest over all targets, in closed form.
 
-    alphas: penalties to choose from, or "auto": `RidgeSolver.grid`, ten that follow from the activations' own scale.
+    alphas: penalties to choose from, or "auto": `RidgeSolver.grid`, ten that follow from the activations' own scale. midway: of
+    two classes, says the one whose mean prediction is nearer, the means being those of the training rows when each is left out;
+    without, as in scikit-learn, of a rare class next to nothing would be said.
 
     Fitted: classes_, in numpy's order; coef_ (targets, d), intercept_ (targets,), alpha_.
     """
 
-    def __init__(self, alphas: Sequence[float] | str = "auto") -> None:
-        self.alphas = alphas
+    def __init__(self, alphas: Sequence[float] | str = "auto", *, midway: bool = False) -> None:
+        self.alphas, self.midway = alphas, midway
 
     def fit(self, x: Float[np.ndarray, "n d"] | RidgeSolver, labels: Shaped[np.ndarray, " n"]) -> Self:
         """x: activations, or a solver made from them, which further labels may share.
@@ -44,8 +46,12 @@ class RidgeClassifier:
         if len(self.classes_) < 2:
             raise ValueError(f"labels: {len(self.classes_)} class, two are needed")
         right = np.asarray(labels)[:, None] == (self.classes_ if len(self.classes_) > 2 else self.classes_[1:])
-        fitted = LinearMap(alpha=self.alphas).fit(x, np.where(right, 1.0, -1.0))  # type: ignore[arg-type]
+        solver, targets = x if isinstance(x, RidgeSolver) else RidgeSolver(x), np.where(right, 1.0, -1.0)
+        fitted = LinearMap(alpha=self.alphas).fit(solver, targets)  # type: ignore[arg-type]
         self.coef_, self.intercept_, self.alpha_ = fitted.coef_, fitted.intercept_, fitted.alpha_
+        if self.midway and len(self.classes_) == 2:
+            said, first = solver.left_out(targets, self.alpha_)[:, 0], right[:, 0]
+            self.intercept_ = self.intercept_ - (said[first].mean() + said[~first].mean()) / 2
         return self
 
     def decide(self, x: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m targets"]:
@@ -197,7 +203,7 @@ def _answers(
     if number:
         fitted = LinearMap(alpha="auto").fit(solver, values[:, None])
         return (held @ fitted.coef_.T + fitted.intercept_)[:, 0], fitted.alpha_
-    probe = RidgeClassifier().fit(solver, values)
+    probe = RidgeClassifier(midway=True).fit(solver, values)
     return probe.predict(held), probe.alpha_
 
 

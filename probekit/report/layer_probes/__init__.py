@@ -66,7 +66,8 @@ def skill(values: pd.Series, chance: pd.Series) -> pd.Series:
 def known(rows: pd.DataFrame) -> pd.DataFrame:
     """For every condition and label what is known of it: one row each.
 
-    best, t, value, low, high, control, selectivity: the trained network's best layer and time, and what it reads there; first:
+    best, t, value, low, high, control, selectivity: the trained network's best layer and time, and what it reads there; clear:
+    whether that interval lies above chance; first:
     the earliest layer, in the order of execution, whose interval at that time overlaps the best's; since: the noisiest timestep
     at which some layer has half of the best's skill (`skill`); chance; pixels, input, untrained: what the picture's own pixels,
     what the network is given at that time, and the untrained network's best layer at that time tell.
@@ -91,6 +92,7 @@ def known(rows: pd.DataFrame) -> pd.DataFrame:
                 "condition": condition,
                 "factor": factor,
                 "best": best.layer,
+                "clear": bool(best.low > best.chance),
                 "first": at[at.high >= best.low].iloc[0].layer,
                 "since": strong.t.max(),
                 **{key: best[key] for key in ("t", "value", "low", "high", "chance", "control", "selectivity", "measure")},
@@ -106,6 +108,8 @@ def headline(told: pd.DataFrame, condition: str) -> str:
     """Which layer knows each label best and when, under a condition."""
     parts = [
         f"{r.factor} by {r.best} at t = {r.t:g} ({_number(r.value)}, untrained {_number(r.untrained)})"
+        if r.clear
+        else f"{r.factor} by no layer"
         for r in told[told.condition == condition].itertuples()
     ]
     shown = parts if len(parts) <= 6 else [*parts[:6], f"{len(parts) - 6} more are in the table"]
@@ -120,8 +124,8 @@ def _table(told: pd.DataFrame, config: dict[str, Any]) -> Table:
         (
             UNDER[r.condition],
             r.factor,
-            r.best,
-            f"{r.t:g}",
+            r.best if r.clear else "no layer",
+            f"{r.t:g}" if r.clear else "",
             _number(r.value),
             f"{_number(r.low)}-{_number(r.high)}",
             _number(r.chance),
@@ -129,8 +133,8 @@ def _table(told: pd.DataFrame, config: dict[str, Any]) -> Table:
             _number(r.untrained),
             _number(r.input),
             _number(r.pixels),
-            r.first,
-            f"{r.since:g}",
+            r.first if r.clear else "",
+            f"{r.since:g}" if r.clear else "",
         )
         for r in told.itertuples()
     ]
