@@ -335,6 +335,7 @@ def test_a_layer_knows_above_its_untrained_self_and_carries_above_the_null() -> 
 # --- the command -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_layer_is_read_at_every_time_and_held_against_what_it_carries(folder: Path) -> None:
     sweep = ["inject", "sweep", "--model", "sd", "--pairs", 3, "--num-steps", 4, "--by-time", "--windows", 2, "--device", "cpu"]
     done = probekit(*sweep, *LAYERS, "--out", "swept")
@@ -437,12 +438,14 @@ def test_a_model_of_pixels_and_a_folder_with_numbers_and_attributes(tmp_path: Pa
 
 @pytest.mark.slow
 def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(folder: Path) -> None:
-    assert probekit(*RUN, "--out", "whole").returncode == 0
-    killed_once(RUN, folder, "killed")
-    for name in ("results.parquet", "figures/layers-with.svg", "report.html"):
+    run = [*RUN, "--captions", "without"]
+    assert probekit(*run, "--out", "whole").returncode == 0
+    killed_once(run, folder, "killed")
+    for name in ("results.parquet", "figures/layers-without.svg", "report.html"):
         assert (folder / "killed" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_shards_give_the_results_of_one_run_and_another_seed_others(folder: Path) -> None:
     asked: Callable[..., ProbeLayers] = lambda **more: ProbeLayers(  # noqa: E731
         model="sd", train=40, test=20, timesteps="500", captions="with", layers=["mid_block"], device="cpu", **more
