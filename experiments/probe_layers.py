@@ -49,8 +49,8 @@ class ProbeLayers(Experiment):
 
     model: Annotated[str, typer.Option(help="A bundled model, a folder, a hub id, or one of the papers' files.")] = "mini-sd"
     data: Annotated[str, typer.Option(help="avatars, scenes, celeba:PATH, folder:PATH or a folder, with labels.")] = "scenes"
-    train: Annotated[int, typer.Option(min=20, help="Images that probes are fitted on.")] = 600
-    test: Annotated[int, typer.Option(min=10, help="Images that they are tested on.")] = 300
+    train: Annotated[int, typer.Option(min=20, help="Images that probes are fitted on.")] = 400
+    test: Annotated[int, typer.Option(min=10, help="Images that they are tested on.")] = 200
     timesteps: Annotated[
         str | None,
         typer.Option(help="Timesteps of the schedule, separated by commas. [default: 7, 5, 3 and 1 eighths of it]"),

@@ -391,12 +391,12 @@ def _scatter(judged: pd.DataFrame, swept: dict[str, Any], windows: Sequence[str]
                     ax.plot([p.knows] * 2, [p.carries_low, p.carries_high], color=c, lw=0.7, alpha=0.55, zorder=1)
                     ax.plot(p.untrained, p.carries, "o", ms=2.6, mfc="none", mec=c, mew=0.6, alpha=0.7, zorder=1)
                     ax.plot(p.knows, p.carries, "o", ms=6.2 if one else 4.6, mfc=c, mec="white", mew=0.7, zorder=3)
-                if one:
-                    _name_points(ax, mine)
                 if window == windows[0]:
                     ax.set_title(factor, color=colour(factor, factors), fontsize=10.5, fontweight="bold", loc="left")
-                ax.set(xlim=(left - 0.03, right + 0.03), ylim=(low - 0.06, high + 0.06))
+                ax.set(xlim=(left - 0.03, right + 0.03), ylim=(low - (0.2 if one else 0.06), high + 0.06))
                 ax.tick_params(length=2)
+                if one:
+                    _name_points(ax, mine)
             if not one:
                 row[0].set_ylabel(f"steps {window}", fontsize=8.5)
         figure.supxlabel(
@@ -412,24 +412,30 @@ def _scatter(judged: pd.DataFrame, swept: dict[str, Any], windows: Sequence[str]
 
 
 def _name_points(ax: Any, mine: pd.DataFrame) -> None:
-    """Names beside the points that carry, and beside the best that know and do not, where there is room."""
-    only = mine[mine.verdict == KNOWS].nlargest(2, "knows")
+    """Names beside the points that carry the most, and under the two that know the most and carry nothing."""
+    from matplotlib.patheffects import withStroke
+
     carrying = mine[mine.verdict.isin([BOTH, CARRIES])].nlargest(5, "carries")
-    taken: list[float] = []
-    for p in sorted([*carrying.itertuples(), *only.itertuples()], key=lambda p: -p.carries):
-        y = p.carries
-        if any(abs(y - other) < 0.05 for other in taken):
-            y = min(taken) - 0.055
-        taken.append(y)
+    only = mine[mine.verdict == KNOWS].nlargest(2, "knows")
+    low, high = ax.get_ylim()
+    line = 0.06 * (high - low)
+    named, lowest = [], high
+    for p in sorted(carrying.itertuples(), key=lambda p: -p.carries):
+        lowest = min(p.carries, lowest - line)
+        named.append((p, lowest))
+    # below all that is drawn near zero
+    named += [(p, min(low + 2.2 * line, lowest - line) - i * line) for i, p in enumerate(only.itertuples())]
+    for p, y in named:
         side = -1 if p.knows > 0.45 else 1
         ax.annotate(
             short(p.layer),
             (p.knows, p.carries),
-            xytext=(p.knows + side * 0.045, y),
+            xytext=(p.knows + side * 0.05, y),
             ha="right" if side < 0 else "left",
             va="center",
-            fontsize=6.8,
+            fontsize=7,
             color=VERDICTS[p.verdict],
             zorder=4,
-            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": VERDICTS[p.verdict], "shrinkA": 0, "shrinkB": 2},
+            path_effects=[withStroke(linewidth=2, foreground="white")],
+            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": VERDICTS[p.verdict], "shrinkA": 0, "shrinkB": 2},
         )
