@@ -423,8 +423,8 @@ def _name_points(ax: Any, mine: pd.DataFrame) -> None:
     for p in sorted(carrying.itertuples(), key=lambda p: -p.carries):
         lowest = min(p.carries, lowest - line)
         named.append((p, lowest))
-    # below all that is drawn near zero
-    named += [(p, min(low + 2.2 * line, lowest - line) - i * line) for i, p in enumerate(only.itertuples())]
+    # below what is drawn near zero
+    named += [(p, min(-1.5 * line, lowest - line) - i * line) for i, p in enumerate(only.itertuples())]
     for p, y in named:
         side = -1 if p.knows > 0.45 else 1
         ax.annotate(
