@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from probekit.experiments.invert_run import InvertRun as InvertRun
     from probekit.experiments.invert_trajectory import InvertTrajectory as InvertTrajectory
     from probekit.experiments.noise_map_run import NoiseMapRun as NoiseMapRun
+    from probekit.experiments.probe_layers import ProbeLayers as ProbeLayers
     from probekit.experiments.probe_run import ProbeRun as ProbeRun
     from probekit.experiments.properties_run import PropertiesRun as PropertiesRun
     from probekit.experiments.stitch_edit import StitchEdit as StitchEdit
@@ -26,6 +27,7 @@ EXPERIMENTS = {
     "stitch-run": "stitch_run:StitchRun",
     "stitch-edit": "stitch_edit:StitchEdit",
     "probe-run": "probe_run:ProbeRun",
+    "probe-layers": "probe_layers:ProbeLayers",
     "dynamics-flow": "dynamics_flow:DynamicsFlow",
     "dynamics-diffusion": "dynamics_diffusion:DynamicsDiffusion",
     "invert-run": "invert_run:InvertRun",

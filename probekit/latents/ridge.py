@@ -191,6 +191,17 @@ class RidgeSolver:
         """
         return self._loo(self._target(checked(y, "y")), penalties(alphas), best_only=False)
 
+    def left_out(self, y: Float[Array, "n d_out"], alpha: float) -> Float[Array, "n d_out"]:
+        """What the map of that penalty, fitted to all other rows, says of each row: y - residual / (1 - leverage), exactly."""
+        target, alphas = self._target(checked(y, "y")), penalties(alpha)
+        self._decompose(alphas.min())
+        components = self._components()
+        base, c, _ = self._residual_weights(alphas)
+        residuals, left = components @ (c * self._projected(target)), components**2 @ c
+        if base:
+            residuals, left = residuals + target.centred(), left + 1 - 1 / self.n
+        return y - residuals / left
+
     def gcv(self, y: Float[Array, "n d_out"], alphas: Sequence[float] | Array) -> Float[Array, " k"]:
         """The generalized cross-validation error of every penalty: mean squared residual / (1 - mean leverage)^2.
 

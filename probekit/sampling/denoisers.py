@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,23 +47,28 @@ def class_conditional(dit: Any, labels: Int[Tensor, " n"], guidance: float = 1.0
     return predict
 
 
+class _Told(Exception):
+    """The pipeline has told its network what it has to tell."""
+
+
 def captioned(pipeline: Any, rows: Sequence[dict[str, Any]], guidance: float = 1.0, **options: Any) -> Denoiser:
     """The network of a text-to-image pipeline with a caption a row, and classifier-free guidance (Ho and Salimans 2022).
 
-    rows: what the pipeline is called with, a dictionary a row (`Painter.row`). The pipeline is run for one step, and what
-    it tells its network beside the state and the timestep is kept: embeddings, masks, sizes, positions. States are latents as
-    the network takes them, Flux's packed into tokens. Where guidance is built into the network (Flux) it is `guidance`, too.
-    options: more of the pipeline's.
+    rows: what the pipeline is called with, a dictionary a row (`Painter.row`). The pipeline is run up to its first call of its
+    network, and what it tells that beside the state and the timestep is kept: embeddings, masks, sizes, positions. States are
+    latents as the network takes them, Flux's packed into tokens. Where guidance is built into the network (Flux) it is
+    `guidance`, too. options: more of the pipeline's.
     """
     network: Any = hooks.denoiser(pipeline)
     told: list[dict[str, Any]] = []
 
     def listen(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         told.append(hooks.bind(module, args, kwargs).arguments)
+        raise _Told  # what the network would answer is not needed
 
     handle = network.register_forward_pre_hook(listen, with_kwargs=True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.suppress(_Told):
             pipeline(**hooks.stack(list(rows)), **options, num_inference_steps=1, guidance_scale=guidance, output_type="latent")
     finally:
         handle.remove()

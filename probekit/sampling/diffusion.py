@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ class Diffusion:
 
     name: of the model. image_size: height and width of its images in pixels. shape: of a state, what noise is drawn in.
     scheduler: diffusers', with the model's noise levels. network: the U-Net or transformer. denoiser: for a number of rows,
-    what predicts for them.
+    what predicts for them; captioned: for a caption a row, of a model that takes captions.
     encoder, decoder: images (n, 3, h, w) in [-1, 1] to noiseless states and back; None for a model of pixels, whose states are
     its images.
     tokens: the length of a state's token sequence, where the scheduler asks for it. told: the timestep that hooks see for a
@@ -44,6 +44,7 @@ class Diffusion:
     tokens: int | None = None
     told: float = 1.0
     condition: Mapping[str, Any] = field(default_factory=dict)
+    captioned: Callable[[Sequence[str]], Denoiser] | None = None
 
     @property
     def device(self) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,12 @@ def _diffusion(painter: Painter, condition: Condition) -> Diffusion:
 
     options = painter.native | {key: value for key, value in painter.defaults.items() if key != "guidance_scale"}
 
+    def captioned(captions: Sequence[str]) -> Denoiser:
+        return denoisers.captioned(pipeline, [painter.row(caption, 0) for caption in captions], guidance, **options)
+
     @functools.cache
     def predict(rows: int) -> Denoiser:
-        return denoisers.captioned(pipeline, [painter.row(prompt, 0)] * rows, guidance, **options)
+        return captioned([prompt] * rows)
 
     return Diffusion(
         painter.name,
@@ -124,6 +128,7 @@ def _diffusion(painter: Painter, condition: Condition) -> Diffusion:
         decode,
         tokens=shape[0] if packs else None,
         condition={"prompt": prompt, "guidance": guidance},
+        captioned=captioned,
     )
 
 
