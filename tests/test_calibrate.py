@@ -13,11 +13,11 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
 
 from probekit import ProbekitError, hooks, load
-from probekit.bundled import weights
+from probekit.bundled import borrowed, weights
 from probekit.data.scenes import FACTORS, VALUES, Scene, all_scenes
 from probekit.experiments import InjectCalibrate
 from probekit.experiments.inject_calibrate import MODEL, attribute_pairs
@@ -59,8 +59,9 @@ def twins(factor: str, seed: int, count: int) -> Iterator[tuple[Scene, Scene]]:
 # --- the model ---------------------------------------------------------------------------------------------------------
 
 
-def test_it_is_a_stable_diffusion_that_diffusers_loads_unmodified(model: Model) -> None:
-    pipeline = DiffusionPipeline.from_pretrained(weights(MODEL), torch_dtype=torch.float32)
+def test_it_is_a_stable_diffusion_that_diffusers_loads_unmodified_beside_the_autoencoder_that_it_borrows(model: Model) -> None:
+    vae = AutoencoderKL.from_pretrained(borrowed(weights(MODEL))["vae"], torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(weights(MODEL), vae=vae, torch_dtype=torch.float32)
     assert type(pipeline).__name__ == "StableDiffusionPipeline"
     pipeline.set_progress_bar_config(disable=True)
     caption = "a large red fish at the top left on a striped blue ground"

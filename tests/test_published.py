@@ -20,7 +20,7 @@ import torch
 from probekit import hooks, load
 from probekit.models import Model, hub, memory
 from tests.conftest import probekit, process, refused
-from tests.pipelines import build
+from tests.pipelines import PIPELINES
 
 O = ("a small white moon at the right on a dotted green ground", 0)  # noqa: E741
 E = ("a large red fish at the left on a plain blue ground", 0)
@@ -30,7 +30,7 @@ E = ("a large red fish at the left on a plain blue ground", 0)
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders as publishers save them: `plain`, `both` with fp16 beside, `fp16` alone; fp16's weights are twice as large."""
     folder = tmp_path_factory.mktemp("published")
-    pipeline = build("sd").to(torch.float16)
+    pipeline = PIPELINES["sd"].make().to(torch.float16)
     pipeline.save_pretrained(folder / "plain")
     pipeline.save_pretrained(folder / "both")
     for name in ("unet", "text_encoder", "vae"):
