@@ -369,6 +369,7 @@ def test_every_layer_is_read_at_every_time_and_held_against_what_it_carries(fold
     assert (folder / "run" / "report.html").read_text() == page
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_none_or_of_something_else_is_refused(folder: Path) -> None:
     sweep = ["inject", "sweep", "--num-steps", 2, "--device", "cpu", "--layers", "mid_block", "--out", "swept", "--model"]
     prompts = ["--prompt-original", "a cat", "--prompt-edit", "a dog"]
@@ -390,6 +391,7 @@ def test_a_sweep_that_is_none_or_of_something_else_is_refused(folder: Path) -> N
     assert not (folder / "run").exists()
 
 
+@pytest.mark.slow
 def test_while_sampling_what_is_read_is_what_the_caption_says(folder: Path) -> None:
     asked = {"model": "sd", "train": 40, "test": 20, "during": "sampling", "num_steps": 4, "timesteps": "700,100"}
     found = ProbeLayers(**asked, layers=LAYERS[1::2], device="cpu").run(out="run")
@@ -404,6 +406,7 @@ def test_while_sampling_what_is_read_is_what_the_caption_says(folder: Path) -> N
     assert "while sampling" in (folder / "run" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_model_of_pixels_and_a_folder_with_numbers_and_attributes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import DDIMScheduler, DDPMPipeline
 

@@ -313,6 +313,7 @@ def test_a_pipeline_s_inputs_make_its_pictures(tiny_sd: Any, tmp_path: Path) -> 
 # --- the experiment ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_tells_a_plane_from_a_hash(folder: Path) -> None:
     arguments = ["--spaces", f"{LINEAR},{HASH},./own.py:Seen", "--data", "avatars", "--n", "16"]
     done = probekit("properties", "run", *arguments, "--out", "run")
@@ -364,6 +365,7 @@ def test_every_space_of_a_pipeline_goes_through(folder: Path, tiny_sd: Any) -> N
     assert "hold, " in done.stdout
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(folder: Path) -> None:
     arguments = ["properties", "run", "--spaces", f"{LINEAR},{HASH}", "--data", "avatars", "--n", "8"]
     killed_once(arguments, folder, "run")

@@ -17,7 +17,7 @@ from tests.conftest import probekit
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").glob("*.md"))
-SLOW = {"latents.md", "noise-map.md", "properties.md", "python.md", "stitch.md", "README.md", "engines.md"}
+SLOW = {"latents.md", "layers.md", "noise-map.md", "properties.md", "python.md", "stitch.md", "README.md", "engines.md"}
 """Pages whose blocks take more than 5 seconds together."""
 
 
