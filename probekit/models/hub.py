@@ -100,18 +100,18 @@ def choose_variant(place: str | Path, name: str, asked: str | None, dtype: torch
 
 def _files(place: str | Path) -> dict[str, list[str]]:
     """The names of a pipeline's files by its parts; of a hub id those on the hub, without a network those kept from it."""
-    if isinstance(place, Path):
-        listed = [file.relative_to(place) for file in place.glob("*/*")]
+    if (folder := Path(place)).is_dir():
+        listed = [file.relative_to(folder) for file in folder.glob("*/*")]
     else:
         from huggingface_hub import list_repo_files, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
         try:
-            listed = [Path(file) for file in list_repo_files(place)]
+            listed = [Path(file) for file in list_repo_files(str(place))]
         except HfHubHTTPError:  # gated, hidden or not there: loading tells which
             raise
         except (OfflineModeIsEnabled, OSError):
-            kept = Path(snapshot_download(place, local_files_only=True))
+            kept = Path(snapshot_download(str(place), local_files_only=True))
             listed = [file.relative_to(kept) for file in kept.glob("*/*")]
     parts: dict[str, list[str]] = {}
     for file in listed:
