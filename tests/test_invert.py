@@ -271,7 +271,10 @@ def test_a_trajectory_and_an_interpolation_from_python(folder: Path, monkeypatch
     monkeypatch.chdir(folder)
     ways: list[tuple[Any, str]] = [
         (InvertTrajectory(model="ddpm", steps=4, n=70, device="cpu"), "nearest to the latent after"),
-        (InvertInterpolate(model="ddpm", steps=4, frames=3, data="folder:images", device="cpu"), "The shortest way is that of"),
+        (
+            InvertInterpolate(model="ddpm", steps=4, frames=3, data="folder:images", device="cpu"),
+            "Between these two images the shortest way is that of",
+        ),
     ]
     for asked, said in ways:
         found = asked.run(out=f"python-{asked.name}")

@@ -323,8 +323,8 @@ def test_a_layer_knows_above_its_untrained_self_and_carries_above_the_null() -> 
     assert b.knows == pytest.approx((0.85 - 0.2) / 0.8) and b.knows_low == pytest.approx((0.8 - 0.2) / 0.8)
     assert b.untrained == pytest.approx(0) and b.carries == pytest.approx(0.4)
     assert knows_against_carries(judged, swept, "with") == (
-        "Knows against carries, told the caption, at all steps: content is known and not carried by b, carried and not known "
-        "by c, both by a."
+        "Knows against carries, told the caption, at all steps: content is known and not shown to be carried by b, carried "
+        "and not shown to be known by c, both by a."
     )
     for record in numbers:
         record["low"] = 0.1

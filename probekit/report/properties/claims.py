@@ -117,14 +117,15 @@ def cell(rows: Rows, space: str, name: str, prop: str) -> Cell:
 # --- verdicts ----------------------------------------------------------------------------------------------------------
 
 _LITTLE = 0.1
-"""A share of what pictures vary by below which an input does nothing to speak of."""
+"""A share below which there is nothing to speak of: of what pictures vary by, of the way from chance to a correlation of 1."""
 
 
 def verdict(prop: str, mark: str, found: Cell) -> str:
     """Whether a mark of the paper's is borne out by a number.
 
     V: the interval lies in the better half between floor and ceiling, X: in the worse half; partly: inside, clear of both by a
-    tenth. Of organization: V above what chance reaches, X not above it. Of relevance, X is less than a tenth.
+    tenth. Of organization: V above what chance reaches, X less than a tenth of the way from there to 1. Of relevance, X is less
+    than a tenth.
     """
     _, low, high = found.share
     if math.isnan(low) or math.isnan(high):
@@ -132,7 +133,7 @@ def verdict(prop: str, mark: str, found: Cell) -> str:
     if found.broken:
         return HOLDS if mark == X else DOES_NOT
     if prop == "organization":
-        clear, none = low > 0, found.share[0] <= 0
+        clear, none = low > 0, low <= 0 and high < _LITTLE
         yes, no = (clear, none) if mark == V else (none, clear)
     elif mark == PARTLY:
         yes, no = low > _LITTLE and high < 1 - _LITTLE, low >= 1 - _LITTLE or high <= _LITTLE
