@@ -303,7 +303,12 @@ def test_first_best_and_when_are_told() -> None:
     (told,) = known(planted()).itertuples()
     assert (told.best, told.t, told.value, told.first, told.since) == ("b", 100.0, 1.0, "b", 800.0)
     assert (told.pixels, told.input, told.untrained) == (0.3, 0.25, 0.97)
-    assert headline(known(planted()), "with") == ("Known best, told the caption: kind by b at t = 100 (1.00, untrained 0.97).")
+    assert headline(known(planted()), "with") == (
+        "Known best, told the caption: kind by b at t = 100 (1.00, untrained 0.97; 1 other cannot be told from it)."
+    )
+    apart = planted()
+    apart.loc[apart.layer == "c", "high"] -= 0.1
+    assert headline(known(apart), "with").endswith("(1.00, untrained 0.97).")
 
 
 def test_a_layer_knows_above_its_untrained_self_and_carries_above_the_null() -> None:

@@ -158,7 +158,7 @@ def _heatmap(distances: pd.DataFrame, predicted: pd.DataFrame) -> Figure:
             ax.plot(progress, normal, color="#fff", lw=2.6)
             ax.plot(progress, normal, color="#2f6db5", lw=1.4, ls=(0, (3, 2)), label="by second moments")
         ax.set(xlabel="sampling steps done, %", ylabel="way from noise (0) to latent (100), %")
-        ax.legend(loc="lower right", frameon=True, framealpha=0.85)
+        ax.legend(loc="upper left", frameon=True, framealpha=0.85)
         figure.colorbar(drawn, ax=ax, label="mean L2 distance", pad=0.02)
         line.plot(100 * np.arange(steps) / (steps - 1), values[:, -1], color="#c0504d", label="to the latent")
         line.plot(100 * np.arange(steps) / (steps - 1), values[:, 0], color="#4c78a8", label="to the noise")
