@@ -94,7 +94,8 @@ def cell(rows: Rows, space: str, name: str, prop: str) -> Cell:
 
     Density: the precision of what decodes from the prior or, without one, from a Gaussian of the codes' mean and covariance,
     between that of shuffled patches and of the model's own pictures. Smoothness: the jump, between all at once and that of a
-    cross-fade; a path length nearer to 1 / ε² than to 1, by their logarithms, means that every point has a picture of its own.
+    cross-fade; a path length whose interval is nearer to 1 / ε² than to 1, by logarithms, means that every point has a picture
+    of its own.
     Organization: the correlation with LPIPS, from what chance reaches to 1. Relevance: the total index, 0 to 1.
     """
     if prop == "density":
@@ -104,7 +105,7 @@ def cell(rows: Rows, space: str, name: str, prop: str) -> Cell:
         return Cell(value, low, high, worst, best, f"precision, {drawn}")
     if prop == "smoothness":
         value, low, high, _ = rows.get(space, prop, "jump", "path", rows.path(space))
-        broken = rows.get(space, prop, "path length", "path", rows.path(space))[0] > 1 / EPSILON
+        broken = rows.get(space, prop, "path length", "path", rows.path(space))[1] > 1 / EPSILON
         return Cell(value, low, high, float(POINTS), rows.get(space, prop, "jump", "cross-fade")[0], "jump", broken)
     if prop == "organization":
         by = "lpips" if not math.isnan(rows.get(space, prop, "correlation", "codes", "lpips")[0]) else "factors"
