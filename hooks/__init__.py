@@ -82,6 +82,7 @@ __all__ = [
     "Denoiser",
     "Injection",
     "Layer",
+    "Layers",
     "Mean",
     "Nothing",
     "Operation",

@@ -138,9 +138,10 @@ class Layers(list[Layer]):
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th style='text-align: left'>{heading}</th>" for heading in ("layer", "kind", "streams"))
+        cell = "<td style='text-align: left; padding-left: {}em'>{}</td>".format
         rows = "".join(
-            f"<tr><td style='text-align: left; padding-left: {0 if la.inside is None else 2}em'><code>{html.escape(la.name)}"
-            f"</code></td><td style='text-align: left'>{la.kind}</td><td style='text-align: left'>{', '.join(la.streams)}</td></tr>"
+            f"<tr>{cell(0 if la.inside is None else 2, f'<code>{html.escape(la.name)}</code>')}"
+            f"{cell(0, la.kind)}{cell(0, ', '.join(la.streams))}</tr>"
             for la in self
         )
         return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"

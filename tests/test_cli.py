@@ -226,22 +226,19 @@ def test_one_custom_injection_and_one_by_a_script(tiny_folder: Path, tmp_path: P
     script.write_text("def operation(target, source, context):\n    return target + 0.5 * (source - target)\n")
     assert probekit("inject", "script", script, *prompts, "--out", tmp_path / "b").returncode == 0
     # the same picture, to the rounding of two ways to write it
-    made = {
-        name: {end: load_png(tmp_path / name / "images" / "together" / f"{end}.png") for end in ENDS} for name in ("a", "b")
-    }
-    assert (made["a"]["result"] - made["b"]["result"]).abs().max() <= 1.01 / 127.5
+    result = Path("images") / "together" / "result.png"
+    assert (load_png(tmp_path / "a" / result) - load_png(tmp_path / "b" / result)).abs().max() <= 1.01 / 127.5
     # from Python the same, and O and E are those of noise 0 of the seed
     options = {"model": str(tiny_folder), "prompt_original": "a red fish", "prompt_edit": "a blue star", "num_steps": 2}
     InjectImage(**options, layers=["mid_block"], operation="blend", weight=0.5).run(out=tmp_path / "d")
-    for end in ENDS:
-        file = Path("images") / "together" / f"{end}.png"
+    for end in ("O", "E", "result"):
+        file = result.with_name(f"{end}.png")
         assert (tmp_path / "d" / file).read_bytes() == (tmp_path / "a" / file).read_bytes()
     InjectImage(**options, layers=["mid_block"], seed=6).run(out=tmp_path / "e")
     painter = load(tiny_folder, device="cpu").painter
-    for image, end in zip(
-        painter.generate(["a red fish", "a blue star"], [0, 0], seed=6, num_inference_steps=2), "OE", strict=True
-    ):
-        written = to_uint8(load_png(tmp_path / "e" / "images" / "together" / f"{end}.png"))
+    made = painter.generate(["a red fish", "a blue star"], [0, 0], seed=6, num_inference_steps=2)
+    for image, end in zip(made, "OE", strict=True):
+        written = to_uint8(load_png(tmp_path / "e" / result.with_name(f"{end}.png")))
         assert abs(written.astype(int) - to_uint8(image)).max() <= 1
     script.write_text("def operation(target, source, context):\n    return target[0]\n")
     assert "returned" in refused("inject", "script", script, *prompts, "--out", tmp_path / "c")
@@ -374,7 +371,11 @@ def test_values_that_typer_would_refuse_are_refused_from_python_too(options: dic
     ("options", "said"),
     [
         ({"layers": []}, "--layers: name at least one"),
-        ({"out": "mine.jpg"}, "--out 'mine.jpg': name a .png file"),
+        ({"words": " "}, "--words ' ': names none"),
+        ({"mask": "2x2:88"}, "--mask '2x2:88': write height x width"),
+        ({"mask": "2x2:0"}, "nothing lies inside it"),
+        ({"windows": 2}, "--windows 2: goes with --apart"),
+        ({"operation": "bypass", "weight": 2.0}, "--weight 2: bypass has none"),
         ({"steps": "9", "num_steps": 2}, "steps 9: the schedule has steps 0 to 1"),
         ({"operation": "mix"}, "replace, blend, add"),
         ({"weight": 2.0}, "--weight 2: replace has none"),

@@ -13,8 +13,7 @@ from probekit.hooks.errors import ProbekitError
 from probekit.metrics.roles import EVERYTHING
 from probekit.report.figures import data_url, render, save_figure, style
 from probekit.report.findings import Findings, Table
-from probekit.report.injection import _DESCRIPTORS as DESCRIPTORS
-from probekit.report.injection import COLOURS, given, picture_name
+from probekit.report.injection import COLOURS, DESCRIPTORS, given, picture_name
 from probekit.report.network import drawn_by_name, form_by_name, short
 
 if TYPE_CHECKING:
