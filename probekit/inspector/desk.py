@@ -43,6 +43,9 @@ Say = Callable[[Event], None]
 KEPT = 200
 """Answers that can still be saved as runs; older ones can be asked again."""
 
+AT_ONCE = 2**29
+"""Bytes up to which every layer of E is captured before anyone asks for it."""
+
 _PAIRS = 4
 """Pairs whose O, E and captured activations are kept."""
 
@@ -257,8 +260,16 @@ class Desk:
         original = made.swap.make_original(on_step)
         if last and not self._preview.fitted:
             self._preview.fit(last[0], original[None])
-        made.swap.take([(name, None) for name in self._default_layers], on_step)
+        made.swap.take(self._at_once(made), on_step)
         return {"start": {"O": url(original), "E": url(made.swap.edit), "words": self.words(made.prompt_edit)}}
+
+    def _at_once(self, made: InjectImage) -> list[tuple[str, str | None]]:
+        """What of E is captured while it is made: every layer and what it has of the text; where that is much, the tiles'."""
+        own = [layer for layer in self.model.layers if layer.name.split(".")[0] not in hooks.TEXT_ENCODERS]
+        every = [(la.name, stream) for la in own for stream in (None, *(["text"] if "text" in la.streams else []))]
+        if sum(made.swap.size_of(name) for name, _ in every) <= AT_ONCE:
+            return every
+        return [(name, None) for name in self._default_layers]
 
     def _ask(self, told: Any, say: Say, check: Callable[[], None]) -> None:
         began = time.perf_counter()

@@ -97,7 +97,7 @@ class Swap:
         while missing:
             part, size, room = list[tuple[str, str | None]](), 0, self._room
             for place in missing:
-                size += self._bytes(place[0])
+                size += self.size_of(place[0])
                 if part and size > room:
                     break
                 part.append(place)
@@ -121,8 +121,8 @@ class Swap:
         own = [layer for name, layer in self._known.items() if name.split(".")[0] not in hooks.TEXT_ENCODERS]
         return hooks.output_shapes(self._denoiser, own, self.painter.denoise_once)
 
-    def _bytes(self, layer: str) -> int:
-        """About what a layer takes at every step, of both branches of guidance."""
+    def size_of(self, layer: str) -> int:
+        """About how many bytes a layer takes of E, captured at every step, of both branches of guidance."""
         steps = int(self._options.get("num_inference_steps", 50))
         width = next(self._denoiser.parameters()).element_size()
         return 2 * steps * width * math.prod(self._shapes.get(layer.partition(":")[0], (1,))[1:])
