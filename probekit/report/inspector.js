@@ -183,7 +183,7 @@
       const own = parts.map((layer) => within(layer.short, around.short));
       const block = /^block \d+(?= |$)/.exec(own[0])?.[0];
       const shared = block && own.every((each) => each === block || each.startsWith(`${block} `)) ? block : "";
-      const label = (layer) => within(within(layer.short, around.short), shared);
+      const label = (layer) => within(within(layer.short, around.short), shared).replace(/ to ([qkv])$/, " $1");
       const tiles = parts.map((layer) => this.cell(layer, label(layer), nested, true));
       return h("div", { class: "pi-panel", hidden: true }, h("p", { class: "pi-small" }, title), h("div", { class: "pi-tiles" }, tiles), nested);
     }
@@ -383,7 +383,7 @@
         const along = x * dx + y * dy;
         const across = Math.abs(x * dy) + Math.abs(y * dx);
         if (along < 4) continue;
-        const far = along + 2.5 * across;
+        const far = dx ? along + 4 * across : 4 * along + across; // the same row, or the next
         if (!best || far < best.far) best = { button, far };
       }
       best?.button.focus();
@@ -870,7 +870,9 @@
 
     begin() {
       this.readHash();
+      const wrong = !this.alert.hidden;
       this.restored();
+      this.alert.hidden = !wrong; // asking hides what was said before
     }
 
     restored() {
