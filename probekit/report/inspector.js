@@ -131,7 +131,7 @@
       );
       button.addEventListener("focus", () => this.enter(button));
       this.tiles.set(layer.name, { button, image, layer });
-      this.tell(layer.name, "");
+      this.tell({ button, layer }, "");
       return button;
     }
 
@@ -140,14 +140,13 @@
     }
 
     buttons() {
-      return [...this.root.querySelectorAll(".pi-tile, .pi-lane")];
+      return [...this.root.querySelectorAll(".pi-tile")];
     }
 
-    tell(name, says) {
-      const { button, layer } = this.tiles.get(name);
-      const kind = KINDS[layer.kind] || layer.kind;
-      button.title = [name, kind, says].filter(Boolean).join("\n");
-      button.setAttribute("aria-label", [layer.short, says].filter(Boolean).join(": "));
+    tell({ button, layer }, says, stream = "") {
+      const kind = stream ? `its ${stream} stream` : KINDS[layer.kind] || layer.kind;
+      button.title = [layer.name, kind, says].filter(Boolean).join("\n");
+      button.setAttribute("aria-label", [layer.short + (stream ? `, its ${stream}` : ""), says].filter(Boolean).join(": "));
     }
 
     /** A button that unfolds a panel. */
@@ -181,7 +180,10 @@
 
     panel(parts, title, around) {
       const nested = h("div", { class: "pi-panels" });
-      const label = (layer) => (around ? within(layer.short, around.short) : layer.short);
+      const own = parts.map((layer) => within(layer.short, around.short));
+      const block = /^block \d+(?= |$)/.exec(own[0])?.[0];
+      const shared = block && own.every((each) => each === block || each.startsWith(`${block} `)) ? block : "";
+      const label = (layer) => within(within(layer.short, around.short), shared).replace(/ to ([qkv])$/, " $1");
       const tiles = parts.map((layer) => this.cell(layer, label(layer), nested, true));
       return h("div", { class: "pi-panel", hidden: true }, h("p", { class: "pi-small" }, title), h("div", { class: "pi-tiles" }, tiles), nested);
     }
@@ -236,7 +238,8 @@
       }
       const levels = new Map();
       for (const [key, own] of blocks) {
-        const { level, part } = own[0];
+        const { part } = own[0];
+        const level = BLOCK.test(key) ? own[0].level : -1; // conv_in and conv_out stand above
         const row = levels.get(level) || { encoder: [], middle: [], decoder: [] };
         (row[part] || row.encoder).push(this.drawBlock(key, own));
         levels.set(level, row);
@@ -258,33 +261,43 @@
     }
 
     drawStack(layers, two) {
+      let carried = false;
       const cells = layers.map((layer) => {
         const panels = h("div", { class: "pi-panels" });
         const textOnly = two && layer.streams.length === 1 && layer.streams[0] === "text";
         const cell = this.cell(layer, layer.short, panels, !this.shown.has(layer.name));
         const row = h("div", { class: "pi-row" }, cell);
         if (two && layer.streams.includes("text") && !textOnly) {
-          const lane = h("button", {
-            type: "button",
-            class: "pi-lane",
-            tabIndex: -1,
-            "data-lane": layer.name,
-            "aria-pressed": "false",
-            "aria-label": `${layer.short}: the text beside the image`,
-            title: `${layer.name}: its text stream`,
-            onclick: (event) => this.choose([layer.name], { add: event.shiftKey || event.ctrlKey, stream: "text" }),
-          }, "text");
+          const image = picture();
+          const lane = h(
+            "button",
+            {
+              type: "button",
+              class: "pi-tile pi-lane",
+              tabIndex: -1,
+              "data-lane": layer.name,
+              "aria-pressed": "false",
+              onclick: (event) => this.choose([layer.name], { add: event.shiftKey || event.ctrlKey || event.metaKey, stream: "text" }),
+            },
+            h("span", { class: "pi-pic" }, image),
+            h("span", { class: "pi-label" }, "its text"),
+          );
           lane.addEventListener("focus", () => this.enter(lane));
-          this.lanes.set(layer.name, lane);
+          this.lanes.set(layer.name, { button: lane, image, layer });
+          carried = true;
           row.append(h("span", { class: "pi-joint", "aria-hidden": "true" }), lane);
+        } else if (carried && this.shown.has(layer.name)) {
+          row.append(h("span", { class: "pi-elbow", "aria-hidden": "true" })); // the text goes in and no further
+          carried = false;
         }
         if (textOnly) row.classList.add("pi-textonly");
-        return h("div", { class: `pi-block${this.shown.has(layer.name) ? "" : " pi-end"}`, "data-block": layer.name }, row, panels);
+        const kind = `pi-block${this.shown.has(layer.name) ? "" : " pi-end"}${carried ? " pi-carries" : ""}`;
+        return h("div", { class: kind, "data-block": layer.name }, row, panels);
       });
       const body = h("div", { class: "pi-body pi-stack" });
       let columns = 0;
       const arrange = () => {
-        const fit = Math.max(1, Math.floor(body.clientWidth / (two ? 210 : 130)));
+        const fit = Math.max(1, Math.floor(body.clientWidth / (two ? 230 : 130)));
         const wanted = Math.max(1, Math.min(fit, 5, Math.ceil(cells.length / 9)));
         if (wanted === columns) return;
         columns = wanted;
@@ -305,25 +318,24 @@
 
     // .. what it shows
 
-    /** `of(name)` gives {picture, colour, says, stale} or null. */
+    /** `of(name, stream)` gives {picture, colour, says, stale} or null; stream is `text` in the lane of the text. */
     show(of) {
-      for (const [name, { button, image, layer }] of this.tiles) {
-        const told = of(name) || {};
-        setPicture(image, told.picture, this.caption(layer));
-        button.classList.toggle("pi-stale", !!told.stale);
-        button.classList.toggle("pi-role", !!told.colour);
-        button.style.setProperty("--c", told.colour || "transparent");
-        this.tell(name, told.says || "");
+      for (const [stream, tiles] of [[null, this.tiles], ["text", this.lanes]]) {
+        for (const [name, tile] of tiles) {
+          const told = of(name, stream) || {};
+          setPicture(tile.image, told.picture, this.caption(tile.layer, stream));
+          tile.button.classList.toggle("pi-stale", !!told.stale);
+          tile.button.classList.toggle("pi-role", !!told.colour);
+          tile.button.style.setProperty("--c", told.colour || "transparent");
+          this.tell(tile, told.says || "", stream || "");
+        }
       }
     }
 
     mark(names, stream = null) {
       const chosen = new Set(names);
-      for (const [name, { button }] of this.tiles) button.setAttribute("aria-pressed", String(chosen.has(name) && stream !== "text"));
-      for (const [name, lane] of this.lanes) {
-        lane.setAttribute("aria-pressed", String(chosen.has(name) && (stream === "text" || stream === "both")));
-      }
-      for (const [name, { button }] of this.tiles) if (stream === "text" && !this.lanes.has(name)) button.setAttribute("aria-pressed", String(chosen.has(name)));
+      for (const [name, { button }] of this.tiles) button.setAttribute("aria-pressed", String(chosen.has(name) && !(stream === "text" && this.lanes.has(name))));
+      for (const [name, { button }] of this.lanes) button.setAttribute("aria-pressed", String(chosen.has(name) && (stream === "text" || stream === "both")));
       for (const name of names) this.reveal(name);
     }
 
@@ -345,7 +357,7 @@
     // .. keyboard and mouse
 
     onKey(event) {
-      if (!event.target.matches(".pi-tile, .pi-lane")) return;
+      if (!event.target.matches(".pi-tile")) return;
       const arrows = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
       if (event.key in arrows) {
         event.preventDefault();
@@ -371,7 +383,7 @@
         const along = x * dx + y * dy;
         const across = Math.abs(x * dy) + Math.abs(y * dx);
         if (along < 4) continue;
-        const far = along + 2.5 * across;
+        const far = dx ? along + 4 * across : 4 * along + across; // the same row, or the next
         if (!best || far < best.far) best = { button, far };
       }
       best?.button.focus();
@@ -455,13 +467,13 @@
     const arrow = (x, y, dx, dy) => line(`M${x - 4 * dx - 4 * dy} ${y - 4 * dy - 4 * dx}L${x} ${y}L${x - 4 * dx + 4 * dy} ${y - 4 * dy + 4 * dx}`, "flow");
     const sides = rows.map((row) => {
       const of = (side) => [...row.querySelectorAll(`:scope > .${side} > .pi-block`)].map(box);
-      return { encoder: of("pi-encoder"), decoder: of("pi-decoder"), middle: row.classList.contains("pi-bottom") ? of("pi-side") : [] };
+      return { encoder: of("pi-encoder"), decoder: of("pi-decoder"), middle: row.classList.contains("pi-bottom") ? of("pi-side") : [], ends: !!row.querySelector(".pi-end") };
     });
     let before = null;
     let after = null;
-    for (const { encoder, decoder, middle: bottom } of sides) {
+    for (const { encoder, decoder, middle: bottom, ends } of sides) {
       const [first, last] = [encoder, decoder].map((blocks) => around(blocks));
-      if (first && last && last.left - first.right > 12) {
+      if (first && last && !ends && last.left - first.right > 12) {
         line(`M${first.right + 3} ${first.y}H${last.left - 4}`, "skip");
         arrow(last.left - 3, first.y, 1, 0);
       }
@@ -611,7 +623,7 @@
         shown: run.layers.map((layer) => layer.name),
         choose: (names) => this.choose(names.at(-1)),
         clear: () => this.choose(null),
-        caption: (layer) => `O with ${layer.short} taken from E`,
+        caption: (layer, stream) => `O with ${stream ? `the ${stream} of ` : ""}${layer.short} taken from E`,
       });
       this.detail = h("section", { "data-part": "answer", class: "pi-answer", "aria-live": "polite", "aria-label": "the chosen layer" });
       this.time = h("section", { class: "pi-time" });
@@ -619,7 +631,7 @@
         ask,
         h(
           "div",
-          { class: "pi-bench" },
+          { class: `pi-bench${run.form !== "u" && run.layers.length <= 9 ? " pi-slim" : ""}` },
           h("section", { "data-part": "network", class: "pi-network", "aria-label": "the network" }, this.network.root, legend(run.colours, [...run.factors, run.everything, run.no_role], "each picture: O with that layer taken from E")),
           this.detail,
         ),
@@ -658,7 +670,7 @@
         const role = this.role(window, name);
         return { picture: pair.pictures?.[window]?.[name], says: role || "", colour: role && role !== run.no_role ? run.colours[role] : null };
       };
-      this.network.show((name) => told(this.window, name));
+      this.network.show((name, stream) => (stream ? null : told(this.window, name)));
       this.network.mark(this.chosen ? [this.chosen] : []);
       this.detail.replaceChildren(...this.details(pair));
       const windows = run.windows.filter((window) => window.includes("%"));
@@ -813,13 +825,14 @@
     return `16x16:${digits}`;
   }
 
-  const STREAMS = {
-    main: "the main path",
-    skip: "the skip connection",
-    both: "both paths",
-    image: "the image's tokens",
-    text: "the text's tokens",
-  };
+  const STREAMS = { main: "the main path", skip: "the skip", image: "the image's tokens", text: "the text's tokens" };
+
+  /** A stream in words, as the layers that have it name it. */
+  function streamText(stream, layers) {
+    if (stream !== "both") return STREAMS[stream] || stream;
+    return layers.some((layer) => layer.streams.includes("image")) ? "image and text" : "main path and skip";
+  }
+
   const OPERATIONS = {
     replace: "E's activation takes the place of O's.",
     blend: "A mix of both: 0 is O's activation, 1 is E's.",
@@ -857,7 +870,9 @@
 
     begin() {
       this.readHash();
+      const wrong = !this.alert.hidden;
       this.restored();
+      this.alert.hidden = !wrong; // asking hides what was said before
     }
 
     restored() {
@@ -910,18 +925,20 @@
         shown: this.model.default_layers,
         choose: (names, how) => this.choose(names, how),
         clear: () => this.choose([], {}),
-        caption: (layer) => `O with ${layer.short} taken from E`,
+        caption: (layer, stream) => `O with ${stream ? `the ${stream} of ` : ""}${layer.short} taken from E`,
       });
       this.time = h("div", { class: "pi-time", hidden: true });
       const net = h(
         "section",
         { "data-part": "network", class: "pi-network", "aria-label": "the network" },
         this.buildSweep(),
+        this.sweepSays,
         this.network.root,
         legend(this.model.colours, [...Object.keys(this.model.factors || {}), "everything"]),
         h("p", { class: "pi-small pi-keys" }, "Click a layer to take it from E; Shift adds one; dragging over a block takes all of it. Arrows move, Enter asks, Esc clears."),
       );
-      this.root.append(h("div", { class: "pi-bench" }, net, h("div", { class: "pi-aside" }, this.buildAnswer(), this.buildHow())), this.time, this.buildStrip());
+      const slim = this.model.form !== "u" && this.model.default_layers.length <= 9;
+      this.root.append(h("div", { class: `pi-bench${slim ? " pi-slim" : ""}` }, net, h("div", { class: "pi-aside" }, this.buildAnswer(), this.buildHow())), this.time, this.buildStrip());
     }
 
     buildAsk() {
@@ -1012,7 +1029,7 @@
       this.sweepButton = h("button", { type: "button", class: "pi-main", onclick: () => this.sweep() }, "Sweep this pair");
       this.stopButton = h("button", { type: "button", hidden: true, onclick: () => this.post("stop", { tab: this.tab }) }, "Stop");
       this.progress = h("progress", { hidden: true, max: 1, value: 0, "aria-label": "layers swept" });
-      this.sweepSays = h("span", { class: "pi-small", role: "status" });
+      this.sweepSays = h("p", { class: "pi-small pi-swept", role: "status" });
       return h(
         "div",
         { class: "pi-sweep" },
@@ -1022,7 +1039,6 @@
         this.sweepButton,
         this.stopButton,
         this.progress,
-        this.sweepSays,
       );
     }
 
@@ -1378,7 +1394,7 @@
     }
 
     /** Keep an answer or a sweep on the strip, and show it. */
-    keep(entry) {
+    keep(entry, shown = true) {
       this.entries.push(entry);
       const { answer } = entry;
       const image = picture();
@@ -1387,6 +1403,8 @@
       this.list.append(h("li", null, entry.button));
       this.stripEmpty.hidden = true;
       this.list.scrollLeft = this.list.scrollWidth;
+      entry.button.setAttribute("aria-current", "false");
+      if (!shown) return;
       this.choosing(entry);
       this.showAnswer(entry);
     }
@@ -1403,10 +1421,11 @@
       const { answer, question } = entry;
       const { R } = this.three.images;
       this.showStart({ O: answer.O, E: answer.E });
-      if (!entry.swept) {
-        setPicture(R, answer.picture, this.describe(question));
-        R.dataset.id = answer.id;
-      }
+      setPicture(R, entry.swept ? null : answer.picture, this.describe(question));
+      if (entry.swept) R.removeAttribute("data-id");
+      else R.dataset.id = answer.id;
+      this.asked.textContent = this.describe(question, entry.swept);
+      this.three.names.R.textContent = entry.swept ? "one by one, in the network" : "the answer";
       this.idle(answer.seconds !== undefined && answer.seconds !== null ? `answered in ${answer.seconds.toFixed(2)} s` : "");
       this.says.textContent = answer.says || "";
       this.numbersAt.replaceChildren(...(this.numbers(answer) || []));
@@ -1451,7 +1470,7 @@
 
     pairOf(q) {
       const { layers, stream, operation, weight, steps, words, mask, ...pair } = q;
-      return JSON.stringify(pair);
+      return JSON.stringify(this.network.lanes.size ? { ...pair, stream } : pair);
     }
 
     howOf(q) {
@@ -1475,9 +1494,14 @@
 
     showTiles() {
       const windows = this.pictures.get(this.howOf(this.q)) || new Map();
-      const base = [...windows].filter(([window]) => !window.includes("%")).map(([, layers]) => layers);
-      const latest = this.latest.get(this.pairOf(this.q)) || new Map();
-      this.network.show((name) => {
+      const streams = this.network.lanes.size ? [null, "text"] : [this.q.stream];
+      const known = new Map(streams.map((stream) => {
+        const q = { ...this.q, stream };
+        const base = [...(this.pictures.get(this.howOf(q)) || [])].filter(([window]) => !window.includes("%")).map(([, layers]) => layers);
+        return [stream, { base, latest: this.latest.get(this.pairOf(q)) || new Map() }];
+      }));
+      this.network.show((name, lane) => {
+        const { base, latest } = known.get(this.network.lanes.size ? lane : this.q.stream);
         const told = base.map((layers) => layers.get(name)).find(Boolean);
         return told || (latest.has(name) ? { ...latest.get(name), says: "taken otherwise than is chosen now", stale: true } : null);
       });
@@ -1531,9 +1555,9 @@
         }
         if (line.done) {
           ended = true;
-          this.sweepSays.textContent = "swept";
+          this.sweepSays.textContent = line.done.says || "swept";
           const { O, E } = this.sweepStart || {};
-          this.keep({ question, swept: true, thumb, answer: { O, E, caption: line.done.says, ...line.done, picture: thumb } });
+          this.keep({ question, swept: true, thumb, answer: { O, E, caption: line.done.says, ...line.done, picture: thumb } }, !this.q.layers.length);
         }
         if (line.stopped) { ended = true; this.sweepSays.textContent = `stopped at ${line.stopped.done} of ${line.stopped.of}`; }
         if (line.replaced) { ended = true; this.sweepSays.textContent = `left at ${count}`; }
@@ -1625,7 +1649,7 @@
         bypass: `${what} left out`,
       }[q.operation];
       const parts = [`O with ${how}`];
-      if (q.stream !== null) parts.push(`${STREAMS[q.stream] || q.stream} only`);
+      if (q.stream !== null) parts.push(q.stream === "both" ? streamText("both", this.chosen()) : `${streamText(q.stream, [])} only`);
       if (q.steps !== "all") parts.push(`at step${/-/.test(q.steps) ? "s" : ""} ${q.steps.replace("-", " to ")} of ${q.num_steps}`);
       if (q.words !== null) parts.push(`only the word${q.words.includes(" ") ? "s" : ""} “${q.words}”`);
       if (q.mask !== null) parts.push("inside the painted area");
@@ -1723,7 +1747,7 @@
       const own = single && chosen.length ? chosen[0].streams[0] : null;
       const streams = [
         ...(own ? [] : [[null, "each layer's own"]]),
-        ...common.map((name) => [name === own ? null : name, STREAMS[name] || name]),
+        ...common.map((name) => [name === own ? null : name, streamText(name, chosen)]),
       ];
       this.streamsPart.hidden = streams.length < 2;
       this.refill(this.streams, streams.map(([value, label]) => this.option("stream", value, label, q.stream, (stream) => this.change({ stream }))));
@@ -1755,7 +1779,7 @@
       const could = !takes && q.operation !== "bypass" ? this.commonStreams().find((stream) => this.chosen().every((layer) => layer.words.includes(stream))) : null;
       this.wordsPart.hidden = !(takes && words.length) && !could;
       if (could) {
-        this.refill(this.chips, [h("button", { type: "button", class: "pi-quiet", onclick: () => this.change({ stream: could }) }, `take ${STREAMS[could]}`)]);
+        this.refill(this.chips, [h("button", { type: "button", class: "pi-quiet", onclick: () => this.change({ stream: could }) }, `take ${streamText(could, [])}`)]);
         this.wordsSay.textContent = "Its tokens of the caption can be taken word by word.";
       } else if (takes) {
         const on = new Set(q.words === null ? [] : q.words.split(" "));
