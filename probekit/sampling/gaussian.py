@@ -91,15 +91,32 @@ class Gaussian:
         (made,) = self.along(lambda denoiser, start, fresh: [invert(denoiser, start, schedule).end], schedule, images)
         return self.values(made)
 
+    def gains(self, schedule: Schedule) -> Float[Tensor, " k"]:
+        """What `sampling.sample` multiplies a state by along each direction; in many steps about the root of its variance."""
+        (of_start, _, _), *_ = self._responses(lambda denoiser, start, fresh: [sample(denoiser, start, schedule).end], schedule)
+        return of_start[:-1]
+
     def along(
         self, way: Way, schedule: Schedule, start: Float[Tensor, "n ..."], fresh: Float[Tensor, "n ..."] | None = None
     ) -> list[Float[Tensor, "n c"]]:
         """What a way makes of starts and fresh noise with the best denoiser, in closed form: the `coordinates` of its states.
 
         way: any that is affine in what it is given, as all of `sampling` are; those that solve for a state, where they find it.
-        It goes once, from three rows of unit states (see above). fresh: none where the way draws none.
+        fresh: none where the way draws none.
         """
-        # an entry a direction, and one for all that is orthogonal to them, where there is no variance
+        given = [self.coordinates(each) for each in (start, start * 0 if fresh is None else fresh, self.mean[None])]
+        size = self.mean.numel()
+        made = []
+        for response in self._responses(way, schedule):
+            each = torch.cat([response[:, :-1], response[:, -1:].expand(3, size)], 1)
+            made.append(each[0] * given[0] + each[1] * given[1] + each[2] * given[2])
+        return made
+
+    def _responses(self, way: Way, schedule: Schedule) -> list[Float[Tensor, "3 _k"]]:
+        """What each state of a way has of the start, of fresh noise and of the mean, which are 1 in turn: a row each.
+
+        An entry a direction, and one for all that is orthogonal to them, where there is no variance.
+        """
         variances = torch.cat([self.variances, self.variances.new_zeros(1)])
         of_start, of_fresh, of_mean = torch.eye(3, dtype=torch.float64)[:, :, None].expand(3, 3, len(variances))
         levels = dict(zip(schedule.timesteps, schedule.sources, strict=True))
@@ -108,13 +125,7 @@ class Gaussian:
             factors, _, constant = _prediction(schedule.prediction, levels[timestep], variances)
             return factors * (states - levels[timestep][0] * of_mean) + constant * of_mean
 
-        given = [self.coordinates(each) for each in (start, start * 0 if fresh is None else fresh, self.mean[None])]
-        size = self.mean.numel()
-        made = []
-        for gains in way(predict, of_start, of_fresh):
-            each = torch.cat([gains[:, :-1], gains[:, -1:].expand(3, size)], 1)
-            made.append(each[0] * given[0] + each[1] * given[1] + each[2] * given[2])
-        return made
+        return list(way(predict, of_start, of_fresh))
 
     def coordinates(self, states: Float[Tensor, "n ..."]) -> Float[Tensor, "n c"]:
         """States along the directions, then what of them is orthogonal to these: distances are those of the states."""
