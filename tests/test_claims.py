@@ -56,8 +56,8 @@ def test_latents_are_not_noise_where_the_picture_is_plain(made: Made) -> None:
     assert plain.nanmean() > textured.nanmean()
 
 
-# it does not hold for avatar-ldm
-@pytest.mark.parametrize("made", ["avatar-ddpm", "mini-flow", "photo-ddpm"], indirect=True)
+# it does not hold for avatar-ldm, and for photo-ddpm it cannot be told
+@pytest.mark.parametrize("made", ["avatar-ddpm", "mini-flow"], indirect=True)
 def test_the_trajectory_is_nearest_to_the_latent_on_its_way(made: Made) -> None:
     away = torch.stack([(state - made.latent).flatten(1).norm(dim=1).mean() for state in made.states])
     assert 0.1 < int(away.argmin()) / STEPS < 0.7
