@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from probekit.runs.folder import Run
     from probekit.sampling.trajectory import Denoiser
 
-_COLUMNS = ("method", "measure", "value", "std", "low", "high", "n")
-_COLUMNS += ("predicted", "predicted_of_samples", "beyond_low", "beyond_high")
+_COLUMNS = (
+    *("method", "measure", "value", "std", "low", "high", "n"),
+    *("predicted", "predicted_of_samples", "beyond_low", "beyond_high"),
+)
 
 ENDS = "noise and sample"
 """The unit of what is no latent: noise and samples themselves, and what white noise is expected to be."""

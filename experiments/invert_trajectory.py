@@ -173,7 +173,7 @@ class _Distances:
         import pandas as pd
 
         n = len(self.to_latent)
-        mean = sum(self._totals) / n
+        mean = np.sum(self._totals, axis=0) / n
         count = len(mean)
         told = {"step": np.repeat(np.arange(count), POINTS), "point": np.tile(np.linspace(0, 1, POINTS), count)}
         return pd.DataFrame({"by": by, **told, "distance": mean.ravel(), "n": n})

@@ -64,10 +64,10 @@ def findings(run: Run, rows: pd.DataFrame) -> Findings:
     lines += [m for m in wide.index if m.startswith(("angle", "distance n", "distance l"))]
     told = [(measure, *(_number(wide.loc[measure, name]) for name in columns)) for measure in lines]
     tables = [Table("noise, latents by method, samples", ("measure", *columns), told, text=("measure",))]
-    if lines := beside(rows):
+    if predicted := beside(rows):
         title = f"what second moments alone predict, of {run.config['inputs']['theory_data']} and of what is inverted"
-        columns = ("latents", "measure", "measured", "predicted", "of the images'", "beyond (95%)")
-        tables.append(Table(title, columns, [tuple(line.values()) for line in lines], text=columns[:2]))
+        headings = ("latents", "measure", "measured", "predicted", "of the images'", "beyond (95%)")
+        tables.append(Table(title, headings, [tuple(line.values()) for line in predicted], text=headings[:2]))
     says = " ".join(filter(None, (headline(rows), second_moments(run.config, rows))))
     return Findings(run, rows, tables, lambda: _page(run, rows), tuple(_figures(rows)), says)
 
