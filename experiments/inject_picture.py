@@ -160,7 +160,12 @@ class _Picture(Experiment):
         """What O and E start from. Raises ProbekitError as `starts_of`."""
         from probekit.models import given
 
-        how = {"seed": self.seed, "steps": self.num_steps, "guidance": self.guidance_scale, "method": self.inversion}
+        how: dict[str, Any] = {
+            "seed": self.seed,
+            "steps": self.num_steps,
+            "guidance": self.guidance_scale,
+            "method": self.inversion,
+        }
         starts = starts_of(self.loaded, self._pair, **how)
         if self.noise_edit is None or self.image_edit is not None:
             return starts
@@ -274,7 +279,7 @@ class _Picture(Experiment):
         asked = self.asked[unit]
         image = self.swap(self.rule(asked), on_step)
         o, e = self.swap.original, self.swap.edit
-        of = {"window": asked.window, "layer": asked.layers[0] if self.apart else TOGETHER}
+        of: dict[str, Any] = {"window": asked.window, "layer": asked.layers[0] if self.apart else TOGETHER}
         of |= self._starts.errors({"original": o, "edit": e})
         rows = [of | row for row in (*self._read(image), *self._measured(image))]
         return Work(rows, {"O": o, "E": e, "result": image})

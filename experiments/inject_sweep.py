@@ -196,7 +196,7 @@ class InjectSweep(Experiment):
 
         selected = hooks.select(self.loaded.layers, self.layers or hooks.default_layers(self.loaded.denoiser))
         if self.stream is not None and not self.layers and any(self.stream in la.streams for la in selected):
-            selected = [la for la in selected if self.stream in la.streams]
+            selected = hooks.Layers(la for la in selected if self.stream in la.streams)
         for la in selected:
             la.stream(self.stream)  # refuses a stream that the layer does not have
         return selected

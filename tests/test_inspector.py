@@ -135,7 +135,6 @@ def test_a_preview_finds_a_linear_map() -> None:
         ({"layers": [LAYER], "words": "zebra"}, "--words 'zebra'"),
         ({"layers": [LAYER], "stream": "text"}, "stream 'text'"),
         ({"layers": [LAYER], "num_steps": "many"}, "--num-steps 'many': a whole number is needed"),
-        ({"layers": [LAYER], "guidance": 0.5}, "guid"),
         ({"layers": [LAYER], "mask": "1x1:0"}, "nothing lies inside"),
         ({"layers": [LAYER], "image_edit": "unknown"}, "this picture is not here"),
         ({"layers": [5]}, "--layers 5: text is needed"),

@@ -157,9 +157,9 @@ def _given(options: Mapping[str, Any], rows: pd.DataFrame) -> list[given.MadeAga
 def _tables(rows: pd.DataFrame) -> list[Table]:
     told = []
     if seen := read(rows):
-        cells = [(one["attribute"], one["original"], one["edit"], one["seen"], _VERDICTS[one["from"]]) for one in seen]
+        values = [(one["attribute"], one["original"], one["edit"], one["seen"], _VERDICTS[one["from"]]) for one in seen]
         columns = ["attribute", "in O", "in E", "in the picture", "whose"]
-        told.append(Table("what the scene reader reads", columns, cells, text=columns))
+        told.append(Table("what the scene reader reads", columns, values, text=columns))
     cells = [(one["name"], _number(one["transfer"]), _number(one["damage"])) for one in measures(rows)]
     title = "transfer (0: O, 1: E) and damage (0: O or E, 1: neither), by descriptor"
     return [*told, Table(title, ["by", "transfer", "damage"], cells, text=("by",))]
