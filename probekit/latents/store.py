@@ -79,7 +79,11 @@ class LatentStore:
             self._array: zarr.Array[Any] = zarr.open_array(folder / "latents", mode="r+")
         except Exception as error:  # zarr raises a dozen kinds
             raise ProbekitError(f"latents {str(folder)!r}: cannot be opened ({_brief(error)}); delete the folder") from error
-        if (self._array.shape, self._array.chunks, self._array.dtype) != (self._shape, (BLOCK, *space.shape), np.dtype("float32")):
+        if (self._array.shape, self._array.chunks, self._array.dtype) != (
+            self._shape,
+            (BLOCK, *space.shape),
+            np.dtype("float32"),
+        ):
             raise ProbekitError(f"latents {str(folder)!r}: latents/zarr.json is damaged; delete the folder")
 
     @property
