@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .pictures import stack
     from .sites import bind
     from .steps import Steps, distinct_timesteps
-    from .sweeps import DENOISER_NAMES, TEXT_ENCODERS, Swept, denoiser, sweep, text_layers
+    from .sweeps import DENOISER_NAMES, TEXT_ENCODERS, Swept, denoiser, injected, sweep, text_layers
     from .tracing import layer, trace
 
 _MODULES = {
@@ -63,7 +63,7 @@ _MODULES = {
     "sites": ("bind",),
     "pictures": ("stack",),
     "steps": ("Steps", "distinct_timesteps"),
-    "sweeps": ("DENOISER_NAMES", "TEXT_ENCODERS", "Swept", "denoiser", "sweep", "text_layers"),
+    "sweeps": ("DENOISER_NAMES", "TEXT_ENCODERS", "Swept", "denoiser", "injected", "sweep", "text_layers"),
     "tracing": ("layer", "trace"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
@@ -96,6 +96,7 @@ __all__ = [
     "denoiser",
     "distinct_timesteps",
     "inject",
+    "injected",
     "layer",
     "layers",
     "output_shapes",

@@ -101,7 +101,7 @@ def sweep(
     while of_donors is None or len(images) < len(rules):
         part = rules[len(images) : len(images) + size - len(donors)]
         try:
-            made = _batch(pipeline, [*donors, *[original] * len(part)], part, len(donors), options)
+            made = injected(pipeline, [*donors, *[original] * len(part)], [*[()] * len(donors), *part], **options)
         except (MemoryError, RuntimeError) as error:
             if not _is_full(error):
                 raise
@@ -124,15 +124,15 @@ def sweep(
     return Swept(edit_image, rest, torch.stack(images) if images else edit_image.new_zeros(0, *edit_image.shape))
 
 
-def _batch(
-    pipeline: Any,
-    rows: Sequence[Mapping[str, Any]],
-    rules: Sequence[Sequence[Injection]],
-    first: int,
-    options: Mapping[str, Any],
-) -> Tensor:
-    """Pictures of rows, of which those from number `first` are injected by the rules."""
-    numbered = {row: injections for row, injections in enumerate(rules, start=first) if injections}
+def injected(
+    pipeline: Any, rows: Sequence[Mapping[str, Any]], rules: Sequence[Sequence[Injection]], **options: Any
+) -> Float[Tensor, "n c h w"]:
+    """Pictures of rows in one batch, values in [0, 1], on the CPU: each row is injected by its own rule, or by none (`()`).
+
+    rows: what is particular to each, as arguments of the pipeline. rules: one a row; a source `Row(k)` is the k-th of `rows`.
+    options: what all rows share. Raises ProbekitError as `inject`.
+    """
+    numbered = {row: injections for row, injections in enumerate(rules) if injections}
     of_text: dict[str, dict[int, list[Injection]]] = {}
     of_image: dict[int, list[Injection]] = {}
     for row, injections in numbered.items():
