@@ -35,7 +35,12 @@ class Swap:
     """
 
     def __init__(
-        self, painter: Painter, original: tuple[str, int | Tensor], edit: tuple[str, int | Tensor], seed: int = 0, **options: Any
+        self,
+        painter: Painter,
+        original: tuple[str, int | Tensor],
+        edit: tuple[str, int | Tensor],
+        seed: int = 0,
+        **options: Any,
     ) -> None:
         self.painter, self._pairs, self._seed, self._options = painter, (original, edit), seed, options
         self._held: dict[tuple[str, str | None], hooks.Captured] = {}
@@ -69,7 +74,9 @@ class Swap:
 
         on_step: called after every step; what it raises ends the making. Raises ProbekitError as `hooks.inject`.
         """
-        if odd := [i.source for i in rule if isinstance(i.source, hooks.Mean) or i.source not in (hooks.Row(0), hooks.Nothing())]:
+        if odd := [
+            i.source for i in rule if isinstance(i.source, hooks.Mean) or i.source not in (hooks.Row(0), hooks.Nothing())
+        ]:
             raise ProbekitError(f"source {odd[0]}: a swap takes layers of E, Row(0), or leaves them out")
         taken = [(i.layer, i.stream) for i in rule if isinstance(i.source, hooks.Row)]
         self.take(taken)

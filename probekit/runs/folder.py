@@ -301,13 +301,19 @@ def _flat(config: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
     return found | {("", key): config[key] for key in ("experiment", "probekit")}
 
 
+_CONFIG = {"experiment": str, "probekit": str, "options": dict, "inputs": dict, "command": list}
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         stored = (folder / "config.json").read_bytes()
         config = json.loads(stored)
         form, version = config.get("form", 1), config.get("probekit")
         if form == FORM:
-            return unsealed(stored)
+            told = unsealed(stored)
+            if not all(isinstance(told.get(key), kind) for key, kind in _CONFIG.items()):
+                raise ValueError("no config")
+            return told
         if not (isinstance(form, int) and isinstance(version, str)):
             raise ValueError("no config")
     except OSError as error:
