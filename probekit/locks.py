@@ -121,6 +121,13 @@ class Lock:
             return {}
 
 
+def clear(folder: Path) -> None:
+    """Remove the locks in a folder that killed processes have left there."""
+    for path in folder.glob("*"):
+        with Lock(path) as lock:
+            lock.take()
+
+
 def _flock(file: int, *, shared: bool) -> bool:
     """Whether the lock is to be had. Raises OSError where the file system has none."""
     if fcntl is None:

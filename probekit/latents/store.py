@@ -19,7 +19,7 @@ from probekit.data.dataset import Dataset
 from probekit.files import file_name, remove, sweep, whole_folder, write_whole, writing
 from probekit.hooks.errors import ProbekitError
 from probekit.latents.space import LatentSpace
-from probekit.locks import Lock
+from probekit.locks import Lock, clear
 from probekit.seeds import named
 
 if TYPE_CHECKING:
@@ -158,6 +158,7 @@ class LatentStore:
             with writing(self.folder):
                 if lock.take():
                     sweep(self.folder)
+                    clear(self.folder / "locks")
                     lock.share()
                 else:
                     print(

@@ -23,7 +23,7 @@ from probekit import __version__
 from probekit.checksums import broken, digest, digest_of, sealed, unsealed, write_manifest
 from probekit.files import file_name, remove, sweep, whole_folder, write_whole, writing
 from probekit.hooks.errors import ProbekitError
-from probekit.locks import Lock
+from probekit.locks import Lock, clear
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,6 +98,7 @@ class Run:
             with writing(self.folder):
                 if lock.take():
                     sweep(self.folder)
+                    clear(self.folder / "locks")
                     if shared:
                         lock.share()
                 elif not (shared and lock.take(shared=True)):

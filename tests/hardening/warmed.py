@@ -56,10 +56,10 @@ class Warmed:
         *,
         seconds: float | None = None,
         change: int | None = None,
-        number: signal.Signals = signal.SIGKILL,
+        threads: int = 1,
     ) -> Ended:
         """A command in a folder, killed after so many seconds, or before its so-manieth change of what lies on the disk."""
-        job = {"arguments": arguments, "cwd": str(cwd), "seconds": seconds, "change": change, "number": int(number)}
+        job = {"arguments": arguments, "cwd": str(cwd), "seconds": seconds, "change": change, "threads": threads}
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
@@ -156,7 +156,7 @@ def _ended(job: dict[str, Any]) -> dict[str, Any]:
             ended, status = os.waitpid(child, os.WNOHANG)
         if not ended:
             if job["seconds"] is not None:
-                os.kill(child, job["number"])
+                os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
         seconds = time.monotonic() - began
         said.seek(0)
@@ -178,7 +178,8 @@ def _become(job: dict[str, Any], said: int, changes: int) -> None:
         os.dup2(said, 2)
         os.chdir(job["cwd"])
         sys.argv = ["probekit", *job["arguments"]]
-        with _counted(job["change"], job["number"]) as count:
+        sys.modules["torch"].set_num_threads(job["threads"])
+        with _counted(job["change"]) as count:
             from probekit.cli import main
 
             try:
@@ -195,7 +196,7 @@ def _become(job: dict[str, Any], said: int, changes: int) -> None:
 
 
 @contextlib.contextmanager
-def _counted(last: int | None, number: int) -> Iterator[list[int]]:
+def _counted(last: int | None) -> Iterator[list[int]]:
     """Count the changes of what lies on the disk, and kill this process before the last one."""
     count = [0]
 
@@ -203,7 +204,7 @@ def _counted(last: int | None, number: int) -> Iterator[list[int]]:
         def counted(*arguments: Any, **options: Any) -> Any:
             count[0] += 1
             if count[0] == last:
-                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), signal.SIGKILL)
             return call(*arguments, **options)
 
         return counted
