@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Callable
+from inspect import Parameter, getdoc
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,6 @@ from typer.core import TyperGroup
 
 from probekit import ProbekitError, __version__
 from probekit.experiments import EXPERIMENTS, find
-from probekit.experiments.inject_picture import InjectImage, InjectScript
 from probekit.experiments.latents_encode import LatentsEncode
 from probekit.experiments.loading import Dtype, Offload, Variant
 from probekit.runs.experiment import Experiment, signature
@@ -73,9 +72,7 @@ _HOW = {
 def _command(experiment: type[Experiment]) -> Callable[..., None]:
     """The function that typer makes an experiment's command from."""
     how = [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(help=said)]
-        )
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(help=said)])
         for name, (kind, said, default) in _HOW.items()
     ]
 
@@ -88,7 +85,7 @@ def _command(experiment: type[Experiment]) -> Callable[..., None]:
             findings.show()
 
     command.__signature__ = signature(experiment, *how)  # type: ignore[attr-defined]
-    command.__doc__ = inspect.getdoc(experiment)
+    command.__doc__ = getdoc(experiment)
     return command
 
 
@@ -99,15 +96,13 @@ def _plain(made: Any) -> Callable[..., None]:
         typer.echo(made(**given).run())
 
     command.__signature__ = signature(made)  # type: ignore[attr-defined]
-    command.__doc__ = inspect.getdoc(made)
+    command.__doc__ = getdoc(made)
     return command
 
 
 for _name in EXPERIMENTS:
     _group, _verb = _name.rsplit("-", 1)
     groups[_group].command(_verb)(_command(find(_name)))
-groups["inject"].command("image")(_plain(InjectImage))
-groups["inject"].command("script")(_plain(InjectScript))
 groups["latents"].command("encode")(_plain(LatentsEncode))
 
 
@@ -160,6 +155,44 @@ def describe(run: Annotated[Path, typer.Argument(help="The folder of a finished 
     findings = find(name).of(opened.config["options"]).findings(opened, opened.results())
     findings.write()
     findings.show()
+
+
+@app.command()
+def inspect(
+    subjects: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL | RUN]...", help="A model, one or two folders of finished runs, or both. \\[default: mini-sd]"
+        ),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="Who sweeps: local, ray, or ray:ADDRESS of a cluster.")] = "local",
+    host: Annotated[str, typer.Option(help="The address to listen on; any other can be reached from outside.")] = ("127.0.0.1"),
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="The port. \\[default: a free one from 7860 on]")] = None,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    dtype: Dtype = "auto",
+    variant: Variant = None,
+    offload: Offload = "none",
+) -> None:
+    """Ask a model's layers in the browser, and look at finished runs."""
+    import webbrowser
+
+    from probekit.inspector.notebook import chosen
+    from probekit.inspector.server import open_inspector
+
+    if engine.partition(":")[0] not in ("local", "ray"):
+        raise ProbekitError(f"--engine {engine!r}: choose local, ray or ray:ADDRESS")
+    model, runs = chosen(tuple(subjects or ["mini-sd"]), device=device, dtype=dtype, variant=variant, offload=offload)
+    opened = open_inspector(model, runs, dtype=dtype, engine=engine, host=host, port=port)
+    typer.echo(f"inspector: {opened.url} (Ctrl+C ends it)")
+    if browser:
+        webbrowser.open(opened.url)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        opened.close()
 
 
 @groups["zoo"].command("list")

@@ -151,10 +151,10 @@ class Model:
         return self.process.network
 
     @cached_property
-    def layers(self) -> list[hooks.Layer]:
+    def layers(self) -> hooks.Layers:
         """The layers of the text encoders and of the denoiser, in execution order. Raises ProbekitError as `denoiser`."""
         of_text = hooks.text_layers(self.paints.pipeline) if self.paints is not None else []
-        return [*of_text, *hooks.layers(self.denoiser)]
+        return hooks.Layers([*of_text, *hooks.layers(self.denoiser)])
 
     def _no_vae(self) -> ProbekitError:
         kind = self.paints.kind if self.paints is not None else self.family

@@ -44,7 +44,7 @@ _TOKENIZERS = {
     "PixArtAlphaPipeline": ("tokenizer",),
     "PixArtSigmaPipeline": ("tokenizer",),
 }
-"""Whose tokens stand in the embeddings, one tokenizer's after the other's; both of SDXL's and SD3's CLIPs stand side by side."""
+"""Whose tokens stand in the embeddings, one tokenizer's after the other's; those of two CLIPs stand side by side."""
 
 _VARIANTS = re.compile("PAG|ControlNet(Union)?|Adapter|Kontext")
 """In a pipeline's name, what adds something to a family's painting, and nothing to its captions."""

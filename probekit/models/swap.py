@@ -18,7 +18,7 @@ from probekit.models import memory
 from probekit.models.painter import Painter
 
 OnStep = Callable[[int, Tensor | None], None]
-"""Told, after every step: its number, from 0, and the state (1, *shape), where the pipeline hands it on."""
+"""Called after every step with its number, from 0, and the state (1, *shape), where the pipeline hands it on."""
 
 _CALLBACK = "callback_on_step_end"
 
@@ -72,36 +72,36 @@ class Swap:
     def __call__(self, rule: Sequence[hooks.Injection], on_step: OnStep | None = None) -> Float[Tensor, "3 h w"]:
         """O with what the rule injects, in [-1, 1]. A source `Row(0)` is E; any other row is refused.
 
-        on_step: called after every step; what it raises ends the making. Raises ProbekitError as `hooks.inject`.
+        on_step: called after every step, with -1 while E is captured; what it raises ends the making. Raises ProbekitError as
+        `hooks.inject`.
         """
         if odd := [
             i.source for i in rule if isinstance(i.source, hooks.Mean) or i.source not in (hooks.Row(0), hooks.Nothing())
         ]:
             raise ProbekitError(f"source {odd[0]}: a swap takes layers of E, Row(0), or leaves them out")
         taken = [(i.layer, i.stream) for i in rule if isinstance(i.source, hooks.Row)]
-        self.take(taken)
+        self.take(taken, None if on_step is None else lambda step, state: on_step(-1, None))
         stored = [
             dataclasses.replace(i, source=hooks.Stored(self._held[i.layer, i.stream])) if isinstance(i.source, hooks.Row) else i
             for i in rule
         ]
         return self._paint(0, stored, [i.layer for i in rule], on_step)
 
-    def take(self, places: Iterable[tuple[str, str | None]], on_run: Callable[[], None] = lambda: None) -> None:
+    def take(self, places: Iterable[tuple[str, str | None]], on_step: OnStep | None = None) -> None:
         """Capture (layer, stream) of E where that was not done yet, in as few runs as memory allows.
 
-        on_run: called before each run; what it raises ends the work. Raises ProbekitError for layers and streams that are not
+        on_step: of these runs, as of `__call__`. Raises ProbekitError for layers and streams that are not
         there, and where a single layer does not fit.
         """
         missing = [place for place in dict.fromkeys(places) if place not in self._held]
         while missing:
             part, size, room = list[tuple[str, str | None]](), 0, self._room
             for place in missing:
-                size += self._bytes(place[0])
+                size += self.size_of(place[0])
                 if part and size > room:
                     break
                 part.append(place)
-            on_run()
-            self._capture(part)
+            self._capture(part, on_step)
             missing = missing[len(part) :]
             while self._taken > room and len(self._held) > len(part):
                 del self._held[next(iter(self._held))]  # what was taken first
@@ -121,8 +121,8 @@ class Swap:
         own = [layer for name, layer in self._known.items() if name.split(".")[0] not in hooks.TEXT_ENCODERS]
         return hooks.output_shapes(self._denoiser, own, self.painter.denoise_once)
 
-    def _bytes(self, layer: str) -> int:
-        """About what a layer takes at every step, of both branches of guidance."""
+    def size_of(self, layer: str) -> int:
+        """About how many bytes a layer takes of E, captured at every step, of both branches of guidance."""
         steps = int(self._options.get("num_inference_steps", 50))
         width = next(self._denoiser.parameters()).element_size()
         return 2 * steps * width * math.prod(self._shapes.get(layer.partition(":")[0], (1,))[1:])
@@ -131,7 +131,7 @@ class Swap:
     def _denoiser(self) -> Any:
         return hooks.denoiser(self.painter.pipeline)
 
-    def _capture(self, places: Sequence[tuple[str, str | None]]) -> None:
+    def _capture(self, places: Sequence[tuple[str, str | None]], on_step: OnStep | None) -> None:
         """One run of E, with everything of `places` kept."""
         pipeline = self.painter.pipeline
         taken: dict[tuple[str, str | None], hooks.Captured] = {}
@@ -147,8 +147,10 @@ class Swap:
                 captured = stack.enter_context(hooks.capture(module, names, schedule=schedule, rows=1, stream=stream))
                 for name in names:
                     taken[f"{component}.{name}" if component else name, stream] = captured
-            self._paint(1, (), [name for name, _ in places], None)
+            painted = self._paint(1, (), [name for name, _ in places], on_step)
         self._held |= taken
+        if not any(component for component, _ in groups):  # captions read anew are the same only to rounding
+            self._made.setdefault(True, painted)
 
     def _paint(
         self, which: int, rule: Sequence[hooks.Injection], layers: Sequence[str], on_step: OnStep | None
