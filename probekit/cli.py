@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from inspect import Parameter, getdoc
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from probekit import ProbekitError, __version__
 from probekit.experiments import EXPERIMENTS, find
@@ -17,7 +20,24 @@ from probekit.experiments.latents_encode import LatentsEncode
 from probekit.experiments.loading import Dtype, Offload, Variant
 from probekit.runs.experiment import Experiment, signature
 
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which stops a command as an interruption does."""
+
+
+class _Commands(TyperGroup):
+    """All commands: one that is stopped says in one line what it has kept."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stopped:
+            typer.echo(f"probekit: {stopped or 'interrupted, before anything was begun'}", err=True)
+            raise typer.Exit(143 if isinstance(stopped, _Terminated) else 130) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Find out where generative image models keep what they know about an image.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -58,11 +78,7 @@ def _command(experiment: type[Experiment]) -> Callable[..., None]:
 
     def command(**given: Any) -> None:
         run = {name: given.pop(name) for name in _HOW}
-        try:
-            findings = experiment(**given).run(**run)
-        except KeyboardInterrupt as stopped:
-            typer.echo(f"probekit: {stopped or 'interrupted, before anything was begun'}", err=True)
-            raise typer.Exit(130) from None
+        findings = experiment(**given).run(**run)
         if findings is None:
             typer.echo(f"this part is done ({run['shard']}); units of others are missing: whoever comes last collects")
         else:
@@ -159,7 +175,6 @@ def inspect(
     offload: Offload = "none",
 ) -> None:
     """Ask a model's layers in the browser, and look at finished runs."""
-    import threading
     import webbrowser
 
     from probekit.inspector.notebook import chosen
@@ -219,7 +234,13 @@ def evaluate(
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is one line and exit code 2, an interruption one line and 130."""
+    """Run the command line; what the user can mend is one line and exit code 2, SIGINT and SIGTERM one line and 130 and 143."""
+
+    def terminate(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is threading.main_thread():  # a thread takes no signals
+        signal.signal(signal.SIGTERM, terminate)
     # what libraries warn of would bury a one-line error
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)

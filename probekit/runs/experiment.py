@@ -166,7 +166,7 @@ class Experiment(Options, ABC):
         if odd := sorted(set(options) - known):
             raise ProbekitError(f"config.json: option {odd[0]!r} is unknown for {cls.name}")
         hints = typing.get_type_hints(cls)
-        given: dict[str, Any] = {n: Path(v) if v is not None and _names(hints[n], Path) else v for n, v in options.items()}
+        given = {n: Path(v) if isinstance(v, str) and _names(hints[n], Path) else v for n, v in options.items()}
         return cls(**given)
 
     def run(
