@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from probekit import checked
 from probekit.experiments.loading import Dtype, Offload, Variant
 from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Options
@@ -55,7 +56,7 @@ class _Picture(Options):
 
         if not self.layers:
             raise ProbekitError("--layers: name at least one")
-        if Path(self.out).suffix.lower() != ".png":
+        if self.out.suffix.lower() != ".png":
             raise ProbekitError(f"--out {str(self.out)!r}: name a .png file")
         check_inversion(self.inversion, bool(self.image_original or self.image_edit))
         make_windows(self.steps, self.num_steps, 1)  # refuses steps that are none
@@ -72,7 +73,7 @@ class _Picture(Options):
         from probekit.models.given import GUIDANCE, invertible, read
         from probekit.report.injection import given
 
-        out, when = Path(self.out), hooks.Steps.parse(self.steps)
+        out, when = checked.file_to_write(f"--out {str(self.out)!r}", self.out), hooks.Steps.parse(self.steps)
         loaded = load(self.model, device=self.device, dtype=self.dtype, variant=self.variant, offload=self.offload)
         images = [None if file is None else str(file) for file in (self.image_original, self.image_edit)]
         pair = Pair(OWN, OWN, self.prompt_original, self.prompt_edit, "", 0, *images)
@@ -134,22 +135,15 @@ class InjectScript(_Picture):
 
     def run(self) -> str:
         """Write the picture; returns what was done. Raises ProbekitError where the file or its function fails."""
-        import runpy
+        from probekit import own_code
 
-        file = str(self.file)
-        try:
-            operation = runpy.run_path(file).get("operation")
-        except OSError as error:
-            raise ProbekitError(f"script {file!r}: cannot be read ({error.strerror})") from error
-        except Exception as error:
-            raise ProbekitError(f"script {file!r}: {type(error).__name__}: {error}") from error
+        said = f"script {str(self.file)!r}"
+        operation = own_code.run(said, self.file).get("operation")
         if not callable(operation):
-            raise ProbekitError(f"script {file!r}: must define operation(target, source, context) -> tensor")
+            raise ProbekitError(f"{said}: must define operation(target, source, context) -> tensor")
 
-        def guarded(target: Tensor, source: Tensor, context: hooks.Context) -> Tensor:
-            try:
+        def called(target: Tensor, source: Tensor, context: hooks.Context) -> Tensor:
+            with own_code.called(f"{said} at {context.layer}"):
                 return operation(target, source, context)
-            except Exception as error:
-                raise ProbekitError(f"script {file!r} at {context.layer}: {type(error).__name__}: {error}") from error
 
-        return self._write(guarded)
+        return self._write(called)

@@ -35,9 +35,6 @@ OWN = "own"
 APART = 50_021
 """What is added to the number of O's noise for that of E's, where E has a noise of its own."""
 
-_MOST = 2**32 - 1
-"""The largest seed, and the largest number of a noise: both together still seed a generator."""
-
 
 @dataclass(frozen=True)
 class Pair:
@@ -70,7 +67,7 @@ class InjectSweep(Experiment):
     name: ClassVar[str] = "inject-sweep"
 
     model: Annotated[str, typer.Option(help="A bundled model, a local diffusers folder or a hub id.")] = "mini-sd"
-    pairs: Annotated[int | None, typer.Option(min=1, help="Controlled pairs for each factor. [default: 8]")] = None
+    pairs: Annotated[int | None, typer.Option(min=1, max=1000, help="Controlled pairs for each factor. [default: 8]")] = None
     factors: Annotated[
         str | None, typer.Option(help="Factors to vary, separated by commas. [default: structure,content,surface]")
     ] = None
@@ -101,10 +98,10 @@ class InjectSweep(Experiment):
         float | None,
         typer.Option(help="Guidance scale. [default: 3 for mini-sd, else the pipeline's own; 1, none, with given pictures]"),
     ] = None
-    seed: Annotated[int, typer.Option(min=0, max=_MOST, help="Seed of the noise and of the pairs.")] = 0
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the noise and of the pairs.")] = 0
     separate_noise: Annotated[bool, typer.Option("--separate-noise", help="Give E a noise of its own.")] = False
     by_time: Annotated[bool, typer.Option("--by-time", help="Cut the steps into windows: a layer x time map.")] = False
-    windows: Annotated[int | None, typer.Option(min=2, help="Windows of --by-time. [default: 4]")] = None
+    windows: Annotated[int | None, typer.Option(min=2, max=100, help="Windows of --by-time. [default: 4]")] = None
     dtype: Dtype = "auto"
     variant: Variant = None
     offload: Offload = field(default="none", compare=False)
@@ -551,8 +548,8 @@ def _check_entry(where: str, entry: Any) -> None:
             raise ProbekitError(f"{where}: seed {value!r}: write noise, the number of the pair's noise; the seed is --seed's")
         if key not in kinds:
             raise ProbekitError(f"{where}: unknown key {key!r}; known: {', '.join(kinds)}")
-        if key == "noise" and not (type(value) is int and 0 <= value <= _MOST):
-            raise ProbekitError(f"{where}: noise {value!r} must be a whole number from 0 to {_MOST}")
+        if key == "noise" and not (type(value) is int and 0 <= value < 2**32):
+            raise ProbekitError(f"{where}: noise {value!r} must be a whole number from 0 to {2**32 - 1}")
         if not isinstance(value, kinds[key]):
             raise ProbekitError(f"{where}: {key} {value!r} must be text")
 
