@@ -96,6 +96,7 @@ def _checked(function: Callable[..., None]) -> Callable[..., None]:
 
     command.__signature__ = signature(function)  # type: ignore[attr-defined]
     command.__name__, command.__doc__ = function.__name__, function.__doc__
+    command.__wrapped__ = function  # type: ignore[attr-defined]
     return command
 
 
@@ -203,6 +204,10 @@ def evaluate(
     print_evaluation(name, recipes.find(name).evaluate(n, seed))
 
 
+_LINE = 1600
+"""Characters of an error that are shown; of a longer one its beginning and its end."""
+
+
 def main() -> None:
     """Run the command line; what the user can mend is one line and exit code 2, an interruption one line and 130."""
     # what libraries warn of would bury a one-line error
@@ -218,6 +223,7 @@ def main() -> None:
         else:
             raise
         if said:  # where no command was given the help has been shown
-            typer.echo(f"probekit: {' '.join(said.split())}", err=True)
+            line = " ".join(said.split())
+            typer.echo(f"probekit: {line if len(line) < _LINE else f'{line[: _LINE // 2]} … {line[-_LINE // 4 :]}'}", err=True)
         sys.exit(2)
     sys.exit(code or 0)

@@ -7,6 +7,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +46,7 @@ MOST_LABELS = 1000
 """Columns of a file of labels."""
 MOST_NUMBER = 1e15
 """The largest label that is a number, either sign: its square is still one in half the digits."""
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
 _TAKEN = ("image",)
 """What latents on disk call a column of their own."""
 
@@ -235,6 +237,9 @@ def read_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         raise ProbekitError(f"labels {str(file)!r} line {number}: is not UTF-8; save the file as UTF-8") from error
+    if odd := _CONTROL.search(content):
+        number = content.count(b"\n", 0, odd.start()) + 1
+        raise ProbekitError(f"labels {str(file)!r} line {number}: has a control character in it ({odd[0].decode()!r})")
     if file.suffix.lower() != ".csv":
         yield from ((number, cells) for number, line in enumerate(lines, 1) if (cells := line.split()))
         return

@@ -136,7 +136,9 @@ def load_with_models(specs: Sequence[str], *, device: str = "auto", baseline: bo
 
 
 def _split(spec: str) -> tuple[str, str]:
-    """The model and the space that a spec names; a colon may be part of a path."""
+    """The model and the space that a spec names; a colon may be part of a path. Raises ProbekitError for a colon at its end."""
+    if spec.endswith(":"):
+        raise ProbekitError(f"space {checked.shown(spec)}: ends with a colon; name a space after it, or leave it out")
     if own := re.match(r"(.+\.py:\w+)(?::(.*))?$", spec):
         return own[1], own[2] or ""
     parts = spec.split(":")

@@ -31,6 +31,8 @@ _LIBRARIES = ("diffusers", "transformers")
 _AUTO = re.compile(r"Auto(Model|Tokenizer|Processor|Config|ImageProcessor|FeatureExtractor|Pipeline)")
 """Classes that look up in the folder which class it is, and may find code there."""
 _LAYERS = re.compile(r"layers|n_layer$|depth|(^|num_)blocks$|num_(res_?)?blocks")
+_COUNTED = re.compile(r"^num_|_(channels|groups|heads|head_dim)$|hidden_size$|layers_per_block$")
+"""What there is a number of, and so never less than none."""
 _LEVELS = re.compile(r"block_types$|block_out_channels$|(^|_)channel_mult")
 _CHOICES = {
     "timestep_spacing": ("leading", "linspace", "trailing"),
@@ -111,6 +113,8 @@ def _check_values(said: str, config: dict[str, Any], kind: Any) -> None:
             raise ProbekitError(f"{where}: has {len(value):,} items, which no model has")
         if _LAYERS.search(key) and any(number > MOST_LAYERS for number in numbers):
             raise ProbekitError(f"{where}: at most {MOST_LAYERS} layers are built")
+        if _COUNTED.search(key) and any(number < 0 for number in numbers):
+            raise ProbekitError(f"{where}: a number from 0 is needed")
         if key in _CHOICES and value is not None and value not in _CHOICES[key]:
             raise ProbekitError(f"{where}: choose {', '.join(_CHOICES[key])}")
         if key == "num_train_timesteps" and value is not None and not (type(value) is int and 1 <= value <= MOST_TIMESTEPS):

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, Self
 import typer
 
 from probekit import checked
+from probekit.files import file_name
 from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
@@ -184,8 +185,7 @@ class Experiment(Options, ABC):
     def default_folder(self, inputs: Mapping[str, Any]) -> Path:
         """runs/<experiment>/<label>-<hash>: the same options and inputs find the same folder again."""
         digest = hashlib.sha256(json.dumps([self.options, inputs], sort_keys=True, default=str).encode()).hexdigest()[:8]
-        label = self.subject.encode()[:_LABEL].decode(errors="ignore")
-        return Path("runs") / self.name / f"{label}-{digest}"
+        return Path("runs") / self.name / f"{file_name(self.subject)}-{digest}"
 
     def __getstate__(self) -> dict[str, Any]:
         # without what was loaded on the way: a worker loads its own
@@ -197,9 +197,6 @@ class Experiment(Options, ABC):
 
 # --- options -----------------------------------------------------------------------------------------------------------
 
-
-_LABEL = 200
-"""Bytes of a name within a file's name, which may have 255 in all."""
 
 MOST = {int: 1_000_000, float: 1000.0}
 """The largest number of an option that names no bound of its own, and of a negative one the smallest."""
@@ -253,7 +250,8 @@ _WORDS = {
 
 
 def options_of(made: Any) -> tuple[Option, ...]:
-    """The options of an experiment, from its fields' annotations, or those of a function, from its parameters'."""
+    """The options of an experiment, from its fields' annotations, or those of a command's function, from its parameters'."""
+    made = inspect.unwrap(made)
     hints = typing.get_type_hints(made, include_extras=True)
     found = []
     for name in _defaults(made):
@@ -337,7 +335,7 @@ def whole_numbers(text: str, flag: str, meant: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-_SHARD = re.compile(r"(\d{1,6})/(\d{1,6})")
+_SHARD = re.compile(r"([0-9]{1,6})/([0-9]{1,6})")
 
 
 def read_shard(text: str) -> tuple[int, int]:
