@@ -1,4 +1,5 @@
 # make demo: install and run the injection sweep.   make test: install and run the tests.   make test-fast: the quick ones.
+# make inspect: install and open the inspector.
 # make lint: ruff, mypy and import-linter.          make docs: build the site.              make wheel: build the package, run its demo.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,10 +7,13 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 DEMO := inject sweep --pairs 3 --num-steps 10
 
-.PHONY: demo test test-fast lint docs wheel clean
+.PHONY: demo inspect test test-fast lint docs wheel clean
 
 demo: .venv/installed
 	$(BIN)/probekit $(DEMO) --out runs/inject-sweep/demo
+
+inspect: .venv/installed-inspect
+	$(BIN)/probekit inspect mini-sd
 
 test: .venv/installed-test
 	$(PYTEST)
@@ -42,6 +46,10 @@ wheel: .venv/installed
 
 .venv/installed: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install -e .
+	touch $@
+
+.venv/installed-inspect: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -e '.[inspect]'
 	touch $@
 
 .venv/installed-test: pyproject.toml | .venv/bin/python

@@ -238,7 +238,7 @@ class InjectSweep(Experiment):
             "swept_windows": list(self.swept_windows),
             "guidance_scale": self.guidance_scale,
             "precision": str(pipeline.dtype).removeprefix("torch."),
-            "descriptors": [descriptor.name for descriptor in self._general_descriptors()],
+            "descriptors": [descriptor.name for descriptor in general_descriptors_of(self.loaded.name)],
             **of_images,
         }
 
@@ -338,10 +338,10 @@ class InjectSweep(Experiment):
         errors = starts.errors({"original": o, "edit": e})
         donors = dict(zip(("edit", "unrelated"), swept.images[1:].chunk(2), strict=True))
         rows: list[dict[str, Any]] = []
-        for descriptor in self._descriptors(pair):
+        for descriptor in _descriptors(self.loaded.name, pair):
             for donor, images in donors.items():
                 of = {"pair": pair.name, "factor": pair.factor, "noise": pair.noise} | errors
-                for (window, _, la), scores in zip(places, _score(descriptor, o, e, images), strict=True):
+                for (window, _, la), scores in zip(places, score(descriptor, o, e, images), strict=True):
                     at = {"window": window, "order": la.order, "layer": la.name}
                     rows.append(of | at | {"donor": donor, "descriptor": descriptor.name} | scores)
         pictures = {"O": o, "E": e, "U": u} | {given_name(side): given.picture for side, given in starts.given.items()}
@@ -355,34 +355,37 @@ class InjectSweep(Experiment):
 
         return findings(run, rows)
 
-    # --- what is seen of a picture ----------------------------------------------------------------------------------------
 
-    def _general_descriptors(self) -> list[Descriptor]:
-        """Those that apply to any pair; of a model of scenes, with the CLIP that knows scenes."""
-        from probekit.bundled import PIPELINES, weights
-        from probekit.metrics.descriptors import CLIP, general_descriptors
-
-        return general_descriptors(str(weights("scene-clip")) if self.loaded.name in PIPELINES else CLIP)
-
-    def _descriptors(self, pair: Pair) -> list[Descriptor]:
-        """Those that apply: the scene reader to pairs of scenes, on a model of scenes, in what their factor changes."""
-        from probekit.bundled import PIPELINES
-        from probekit.data.scenes import FACTORS as ATTRIBUTES
-        from probekit.data.scenes import Scene
-        from probekit.metrics.descriptors import reader_descriptor
-
-        general = self._general_descriptors()
-        if self.loaded.name not in PIPELINES:
-            return general
-        try:
-            original, edit = vars(Scene.parse(pair.original)), vars(Scene.parse(pair.edit))
-        except ProbekitError:
-            return general
-        differ = [a for a in original if original[a] != edit[a] and a in ATTRIBUTES.get(pair.factor, original)]
-        return [reader_descriptor(differ), *general] if differ else general
+# --- what is seen of a picture ------------------------------------------------------------------------------------------
 
 
-def _score(descriptor: Descriptor, o: Tensor, e: Tensor, images: Tensor) -> list[dict[str, float]]:
+def general_descriptors_of(model: str) -> list[Descriptor]:
+    """Those that apply to any picture of the model; of a model of scenes, with the CLIP that knows scenes."""
+    from probekit.bundled import PIPELINES, weights
+    from probekit.metrics.descriptors import CLIP, general_descriptors
+
+    return general_descriptors(str(weights("scene-clip")) if model in PIPELINES else CLIP)
+
+
+def _descriptors(model: str, pair: Pair) -> list[Descriptor]:
+    """Those that apply: the scene reader to pairs of scenes, on a model of scenes, in what their factor changes."""
+    from probekit.bundled import PIPELINES
+    from probekit.data.scenes import FACTORS as ATTRIBUTES
+    from probekit.data.scenes import Scene
+    from probekit.metrics.descriptors import reader_descriptor
+
+    general = general_descriptors_of(model)
+    if model not in PIPELINES:
+        return general
+    try:
+        original, edit = vars(Scene.parse(pair.original)), vars(Scene.parse(pair.edit))
+    except ProbekitError:
+        return general
+    differ = [a for a in original if original[a] != edit[a] and a in ATTRIBUTES.get(pair.factor, original)]
+    return [reader_descriptor(differ), *general] if differ else general
+
+
+def score(descriptor: Descriptor, o: Tensor, e: Tensor, images: Tensor) -> list[dict[str, float]]:
     """The distances of each of images (n, 3, h, w) to O and to E (3, h, w), and what follows from them."""
     from probekit.metrics.roles import damage, transfer
 

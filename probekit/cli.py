@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import getdoc
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,6 @@ import typer
 
 from probekit import ProbekitError, __version__, checked
 from probekit.experiments import EXPERIMENTS, find
-from probekit.experiments.inject_picture import InjectImage, InjectScript
 from probekit.experiments.latents_encode import LatentsEncode
 from probekit.experiments.loading import Dtype, Offload, Variant
 from probekit.runs.experiment import Experiment, Options, options_of, signature
@@ -72,7 +71,7 @@ def _command(experiment: type[Experiment]) -> Callable[..., None]:
             findings.show()
 
     command.__signature__ = signature(experiment, *how.values())  # type: ignore[attr-defined]
-    command.__doc__ = inspect.getdoc(experiment)
+    command.__doc__ = getdoc(experiment)
     return command
 
 
@@ -83,7 +82,7 @@ def _plain(made: Any) -> Callable[..., None]:
         typer.echo(made(**given).run())
 
     command.__signature__ = signature(made)  # type: ignore[attr-defined]
-    command.__doc__ = inspect.getdoc(made)
+    command.__doc__ = getdoc(made)
     return command
 
 
@@ -103,8 +102,6 @@ def _checked(function: Callable[..., None]) -> Callable[..., None]:
 for _name in EXPERIMENTS:
     _group, _verb = _name.rsplit("-", 1)
     groups[_group].command(_verb)(_command(find(_name)))
-groups["inject"].command("image")(_plain(InjectImage))
-groups["inject"].command("script")(_plain(InjectScript))
 groups["latents"].command("encode")(_plain(LatentsEncode))
 
 
@@ -160,6 +157,46 @@ def describe(run: Annotated[Path, typer.Argument(help="The folder of a finished 
     findings = find(name).of(opened.config["options"]).findings(opened, opened.results())
     findings.write()
     findings.show()
+
+
+@app.command()
+@_checked
+def inspect(
+    subjects: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL | RUN]...", help="A model, one or two folders of finished runs, or both. [default: mini-sd]"
+        ),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="Who sweeps: local, ray, or ray:ADDRESS of a cluster.")] = "local",
+    host: Annotated[str, typer.Option(help="The address to listen on; any other can be reached from outside.")] = ("127.0.0.1"),
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="The port. [default: a free one from 7860 on]")] = None,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    dtype: Dtype = "auto",
+    variant: Variant = None,
+    offload: Offload = "none",
+) -> None:
+    """Ask a model's layers in the browser, and look at finished runs."""
+    import threading
+    import webbrowser
+
+    from probekit.inspector.notebook import chosen
+    from probekit.inspector.server import open_inspector
+
+    if engine.partition(":")[0] not in ("local", "ray"):
+        raise ProbekitError(f"--engine {engine!r}: choose local, ray or ray:ADDRESS")
+    model, runs = chosen(tuple(subjects or ["mini-sd"]), device=device, dtype=dtype, variant=variant, offload=offload)
+    opened = open_inspector(model, runs, dtype=dtype, engine=engine, host=host, port=port)
+    typer.echo(f"inspector: {opened.url} (Ctrl+C ends it)")
+    if browser:
+        webbrowser.open(opened.url)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        opened.close()
 
 
 @groups["zoo"].command("list")

@@ -155,7 +155,8 @@ class Experiment(Options, ABC):
                 words.append(option.flag)
             else:
                 each = value if isinstance(value, list | tuple) else [value]
-                words += [word for item in each for word in (option.flag, str(item))]
+                for item in each:  # an argument has no flag
+                    words += [option.flag, str(item)] if option.flag.startswith("--") else [str(item)]
         return words
 
     @classmethod
