@@ -83,7 +83,9 @@ class _Picture(Experiment):
         str | None, typer.Option(help="Only inside: a grid of bits as 2x2:8, its rows from the top as hexadecimal digits.")
     ] = None
     apart: Annotated[bool, typer.Option("--apart", help="Each layer by itself, a picture a layer.")] = False
-    windows: Annotated[int | None, typer.Option(min=2, max=100, help="With --apart: also in so many equal parts of the steps.")] = None
+    windows: Annotated[int | None, typer.Option(min=2, max=100, help="With --apart: in so many parts of the steps, too.")] = (
+        None
+    )
     num_steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20
     guidance: Annotated[
         float | None,

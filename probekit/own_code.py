@@ -27,7 +27,7 @@ def called(said: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ProbekitError, KeyboardInterrupt, GeneratorExit):
+    except (ProbekitError, KeyboardInterrupt):
         raise
     except BaseException as error:
         try:
