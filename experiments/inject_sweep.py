@@ -560,7 +560,7 @@ def _check_entry(where: str, entry: Any) -> None:
             raise ProbekitError(f"{where}: noise {checked.shown(value)} must be a whole number from 0 to {2**32 - 1}")
         if not isinstance(value, kinds[key]):
             raise ProbekitError(f"{where}: {key} {checked.shown(value)} must be text")
-        if key != "noise":
+        if isinstance(value, str):
             (checked.name if key == "factor" else checked.text)(f"{where}: {key} {checked.shown(value)}", value)
 
 

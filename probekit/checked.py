@@ -126,11 +126,12 @@ def yaml_value(said: str, path: Path, most: int = 2**20) -> Any:
     try:
         depth = 0
         for event in yaml.parse(raw, Loader=loader):
+            line = event.start_mark.line + 1 if event.start_mark else 1
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent):
-                raise ProbekitError(f"{said}: has an alias (*{event.anchor}) in line {event.start_mark.line + 1}; write it out")
+                raise ProbekitError(f"{said}: has an alias (*{event.anchor}) in line {line}; write it out")
             if depth > _DEPTH:
-                raise ProbekitError(f"{said}: is nested more than {_DEPTH} deep in line {event.start_mark.line + 1}")
+                raise ProbekitError(f"{said}: is nested more than {_DEPTH} deep in line {line}")
         return yaml.load(raw, Loader=loader)
     except ProbekitError:
         raise

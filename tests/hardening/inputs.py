@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import random
 import re
@@ -288,18 +289,22 @@ def run(cases: Sequence[Case], there: Path, jobs: int, *, own_process: bool = Fa
 
 
 def chosen(files: Files, seed: int, count: int) -> list[Case]:
-    """All special cases, and of the options' as many as `count` leaves, at least one of each option, drawn by the seed."""
-    special = [Case(name, tuple(arguments)) for name, arguments in files.cases()]
+    """So many cases, drawn by the seed: three in five are special ones, of each group its share, the rest options in turn."""
     drawn = random.Random(seed)
+    groups: dict[str, list[Case]] = {}
+    for name, arguments in files.cases():
+        groups.setdefault(name.partition(":")[0], []).append(Case(name, tuple(arguments)))
+    share = min(1.0, 0.6 * count / sum(map(len, groups.values())))
+    special = [case for group in groups.values() for case in drawn.sample(group, math.ceil(share * len(group)))]
     by_option: dict[str, list[Case]] = {}
     for case in option_cases(files):
         by_option.setdefault(" ".join(case.name.split()[:4]), []).append(case)
-    rounds: list[Case] = []
     pools = [drawn.sample(pool, len(pool)) for pool in by_option.values()]
+    in_turn: list[Case] = []
     while any(pools):
         drawn.shuffle(pools)
-        rounds += [pool.pop() for pool in pools if pool]
-    return [*special, *rounds][: max(count, 0)]
+        in_turn += [pool.pop() for pool in pools if pool]
+    return [*special, *in_turn][:count]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
