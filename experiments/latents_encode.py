@@ -43,6 +43,8 @@ class LatentsEncode(Options):
         index = dataset.split(self.split)
         if self.n is not None and self.n > len(index):
             raise ProbekitError(f"--n {self.n}: the {self.split} split of {dataset.name} has {len(index)} images")
+        if space.takes == "captions":
+            dataset.captions(index[: self.n])  # refuses those that are missing before a folder is made
         folder = self.out or default_folder(space, dataset, self.seed)
         store = LatentStore(folder, space, dataset, seed=self.seed)
         wanted = index[: self.n]
