@@ -103,8 +103,6 @@ class _Picture(Experiment):
         check_inversion(self.inversion, bool(self.image_original or self.image_edit))
         if self.windows is not None and not self.apart:
             raise ProbekitError(f"--windows {self.windows}: goes with --apart")
-        if self.words is not None and not self.words.split():
-            raise ProbekitError(f"--words {self.words!r}: names none of the caption's words")
         if self.mask is not None:
             read_mask(self.mask)
         _ = self.windows_by_label  # refuses steps and windows that are none

@@ -374,7 +374,7 @@ def test_values_that_typer_would_refuse_are_refused_from_python_too(options: dic
     ("options", "said"),
     [
         ({"layers": []}, "--layers: name at least one"),
-        ({"words": " "}, "--words ' ': names none"),
+        ({"words": " "}, "--words ' ': is empty"),
         ({"mask": "2x2:88"}, "--mask '2x2:88': write height x width"),
         ({"mask": "2x2:0"}, "nothing lies inside it"),
         ({"windows": 2}, "--windows 2: goes with --apart"),
