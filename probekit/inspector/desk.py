@@ -408,7 +408,7 @@ class Desk:
         return run.folder
 
     def _copies(self, made: InjectImage) -> dict[str, str]:
-        """What gives the same picture elsewhere; pictures that were given are named as they were called where they came from."""
+        """What gives the same picture elsewhere; pictures that were given are called as they were where they came from."""
         given = {side: file and Path(file.name) for side in _SIDES if (file := getattr(made, side)) is not None}
         named = dataclasses.replace(made, **given)
         return {"command": shlex.join(named.command), "python": _python(made, named)}
