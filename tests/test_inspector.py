@@ -392,9 +392,11 @@ def test_it_ends_with_its_temporary_files(finished: dict[str, Path], tmp_path: P
     assert not [*tmp_path.glob("probekit-inspect-*")]
 
 
-def test_in_a_notebook_it_shows_itself(opened: Inspector) -> None:
+def test_in_a_notebook_they_show_themselves(opened: Inspector, finished: dict[str, Path]) -> None:
     assert f'<iframe src="{opened.url}"' in opened._repr_html_()
     model = load("mini-sd", device="cpu")
+    run = Run.opened(finished["sweep"])
+    assert run._repr_html_().count("<svg") == 2 and "inject sweep" in run._repr_html_()
     assert "mid_block.attentions.0" in model.layers._repr_html_()
     original, edit = ("a red fish", 0), ("a blue star", 0)
     assert model.sweep(original, edit, [[], []], num_inference_steps=1)._repr_html_().count("<img") == 3
