@@ -199,7 +199,7 @@ def of_layers(rows: pd.DataFrame, windows: Sequence[str], layers: Sequence[str])
             return f"By LPIPS most came over with {most} ({known[most]:.2f}). One pair tells no role."
         told.append("no layer brought one factor over, whole and alone")
     said = "; ".join(told)
-    return f"In this pair {said}. One pair tells no role: `probekit inject sweep` measures roles over many."
+    return f"In this pair {said}. One pair tells no role: probekit inject sweep measures roles over many."
 
 
 def _layers_table(each: Sequence[tuple[str, str, pd.DataFrame]]) -> Table:
