@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -250,6 +251,7 @@ _WORDS = {
 }
 
 
+@functools.cache
 def options_of(made: Any) -> tuple[Option, ...]:
     """The options of an experiment, from its fields' annotations, or those of a command's function, from its parameters'."""
     made = inspect.unwrap(made)

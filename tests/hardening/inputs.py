@@ -50,7 +50,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command came to. code: its exit code, or minus the signal that ended it; wrong: why it is no refusal, or ""."""
+    """What a command came to. code: its exit code, or minus the signal that ended it; wrong: why it is no refusal, or "".
+
+    seconds: from its start to its end, without those in which it waited for a core that others had.
+    """
 
     case: Case
     code: int
@@ -195,7 +198,7 @@ class _Child:
         self.case, self.there, self.limit = case, there, SECONDS
         self.folder = Path(tempfile.mkdtemp(dir=there.parent))
         self.before = _state(there)
-        self.started, self.most, self.late = time.monotonic(), 0, ""
+        self.started, self.queued, self.most, self.late = time.monotonic(), 0.0, 0, ""
         arguments = [argument.replace(THERE, str(there)) for argument in case.arguments]
         self.out, self.err = (there.parent / f"{self.folder.name}.{name}" for name in ("out", "err"))
         if own_process:
@@ -234,8 +237,10 @@ class _Child:
 
     def poll(self) -> Answer | None:
         """The answer, once it is over; what takes too long or too much is ended."""
+        with contextlib.suppress(OSError, ValueError, IndexError):  # other work on this machine is not the command's
+            self.queued = int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[1]) / 1e9
         pid, status, used = os.wait4(self.pid, os.WNOHANG)
-        seconds = time.monotonic() - self.started
+        seconds = time.monotonic() - self.started - self.queued
         if pid:
             return self._answer(os.waitstatus_to_exitcode(status), seconds, max(self.most, used.ru_maxrss * 1024))
         with contextlib.suppress(OSError, ValueError, IndexError):
@@ -281,6 +286,8 @@ def run(cases: Sequence[Case], there: Path, jobs: int, *, own_process: bool = Fa
             if slot in running and (answer := running[slot].poll()) is not None:
                 answers[answer.case] = answer
                 del running[slot]
+                if answer.wrong:
+                    _tell(answer)
                 if "changed" in answer.wrong:
                     shutil.rmtree(slot)
                     shutil.copytree(there, slot, symlinks=True)
@@ -335,10 +342,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _told(answers: Sequence[Answer], apart: int, seconds: float) -> int:
     """Print what came out; the exit code."""
-    wrong = [answer for answer in answers if answer.wrong]
-    for answer in wrong:
-        print(f"WRONG {answer.case.name}\n  {answer.wrong}\n  {' '.join(answer.case.arguments)[:300]!r}")
-        print("  " + "\n  ".join(answer.said.strip()[-600:].splitlines()[-6:]))
     groups: dict[str, int] = {}
     here = answers[: len(answers) - apart]
     for answer in here:
@@ -356,7 +359,12 @@ def _told(answers: Sequence[Answer], apart: int, seconds: float) -> int:
             f"slowest {max(a.seconds for a in alone):.1f} s, imports included"
         )
     print(f"{seconds:.0f} s in all")
-    return 1 if wrong else 0
+    return int(any(answer.wrong for answer in answers))
+
+
+def _tell(answer: Answer) -> None:
+    print(f"WRONG {answer.case.name}\n  {answer.wrong}\n  {' '.join(answer.case.arguments)[:300]!r}")
+    print("  " + "\n  ".join(answer.said.strip()[-600:].splitlines()[-6:]), flush=True)
 
 
 if __name__ == "__main__":
