@@ -30,7 +30,9 @@
     return element;
   }
 
-  const percent = (x) => `${Math.round(100 * x)} %`;
+  const percent = (x) => `${Math.round(100 * x)}\u00a0%`;
+  /** A window of the steps as text: 25%-50% becomes 25–50 %. */
+  const windowText = (window) => (window.includes("%") ? `${window.replaceAll("%", "").replace("-", "–")}\u00a0%` : window);
   const number = (x) => (x === null || x === undefined ? "–" : x.toFixed(2));
   const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
   const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
@@ -525,11 +527,11 @@
       h(
         "tr",
         null,
-        h("th", { scope: "row" }, window.replaceAll("%", "").replace("-", "–") + (window.includes("%") ? " %" : "")),
+        h("th", { scope: "row" }, windowText(window)),
         layers.map((layer) => {
           const told = of(window, layer.name) || {};
           const image = picture();
-          setPicture(image, told.picture, `O with ${layer.short} taken from E at steps ${window}`);
+          setPicture(image, told.picture, `O with ${layer.short} taken from E at steps ${windowText(window)}`);
           return h(
             "td",
             null,
@@ -539,8 +541,8 @@
                 type: "button",
                 class: `pi-mini${told.colour ? " pi-role" : ""}`,
                 style: told.colour ? `--c:${told.colour}` : "",
-                title: `${layer.name} at steps ${window}${told.says ? `: ${told.says}` : ""}`,
-                "aria-label": `${layer.short} at steps ${window}`,
+                title: `${layer.name} at steps ${windowText(window)}${told.says ? `: ${told.says}` : ""}`,
+                "aria-label": `${layer.short} at steps ${windowText(window)}`,
                 "aria-pressed": String(chosen(window, layer.name)),
                 "data-map": layer.name,
                 "data-window": window,
@@ -596,7 +598,7 @@
       this.windowSelect = h(
         "select",
         { onchange: () => { this.window = this.windowSelect.value; this.show(); } },
-        run.windows.map((window) => h("option", { value: window }, window === "all" ? "all steps" : window)),
+        run.windows.map((window) => h("option", { value: window }, window === "all" ? "all steps" : `steps ${windowText(window)}`)),
       );
       this.ends = Object.fromEntries(
         ["O", "E"].map((end) => {
@@ -613,7 +615,7 @@
           { class: "pi-controls" },
           h("label", null, "pair ", this.pairSelect),
           run.windows.length > 1 && h("label", null, "injected at ", this.windowSelect),
-          this.ask && h("button", { type: "button", class: "pi-quiet", onclick: () => this.ask(this.run, this.run.pairs[this.pair]) }, "ask further about this pair"),
+          this.ask && (this.further = h("button", { type: "button", class: "pi-quiet", onclick: () => this.ask(this.run, this.run.pairs[this.pair]) }, "ask further about this pair")),
         ),
         h("div", { class: "pi-ends" }, this.ends.O.root, this.ends.E.root),
       );
@@ -632,12 +634,21 @@
         h(
           "div",
           { class: `pi-bench${run.form !== "u" && run.layers.length <= 9 ? " pi-slim" : ""}` },
-          h("section", { "data-part": "network", class: "pi-network", "aria-label": "the network" }, this.network.root, legend(run.colours, [...run.factors, run.everything, run.no_role], "each picture: O with that layer taken from E")),
+          h("section", { "data-part": "network", class: "pi-network", "aria-label": "the network" }, this.network.root, legend(run.colours, [...run.factors, run.everything], "no frame: no role. Each picture is O with that layer taken from E.")),
           this.detail,
         ),
         this.time,
       );
+      this.chosen ??= this.strongest();
       this.show();
+    }
+
+    /** The layer with which most of a factor came over, of those that have a role. */
+    strongest() {
+      const { run, window } = this;
+      const of = (name) => (run.numbers?.[window]?.[name] || []).find((row) => row.factor === this.role(window, name))?.transfer ?? -1;
+      const best = run.layers.map((layer) => layer.name).reduce((a, b) => (a !== null && of(a) >= of(b) ? a : b), null);
+      return best !== null && of(best) >= 0 ? best : null;
     }
 
     choose(name) {
@@ -670,6 +681,7 @@
         const role = this.role(window, name);
         return { picture: pair.pictures?.[window]?.[name], says: role || "", colour: role && role !== run.no_role ? run.colours[role] : null };
       };
+      if (this.further) this.further.hidden = !!pair.given; // its pictures are files that the page does not have
       this.network.show((name, stream) => (stream ? null : told(this.window, name)));
       this.network.mark(this.chosen ? [this.chosen] : []);
       this.detail.replaceChildren(...this.details(pair));
@@ -712,7 +724,7 @@
     /** The role of the chosen layer in words. */
     says(role, rows) {
       const { run } = this;
-      const when = this.window === "all" ? "" : ` at steps ${this.window}`;
+      const when = this.window === "all" ? "" : ` at steps ${windowText(this.window)}`;
       const known = rows.filter((row) => row.transfer !== null);
       const came = listed(known.map((row) => `${percent(row.transfer)} of ${row.factor === "own" ? "what E differs in" : `the ${row.factor}`}`));
       const measured = came ? ` Over all pairs, ${came} came over${when}.` : "";
@@ -1844,19 +1856,20 @@
       if (live && views.length) {
         const tab = (text, root) => { const button = h("button", { type: "button", role: "tab", onclick: () => this.turnTo(button) }, text); button.root = root; return button; };
         this.tabs = [tab(views.length > 1 ? "the runs" : "the run", finished), tab("ask the model", live.root)];
-        parts.splice(script ? 1 : 0, 0, h("div", { class: "pi-tabs", role: "tablist" }, this.tabs));
+        this.panel = h("div", { role: "tabpanel" });
+        this.replaceChildren(...[script].filter(Boolean), h("div", { class: "pi-tabs", role: "tablist" }, this.tabs), this.panel);
+        this.turnTo(this.tabs[location.hash.length > 1 ? 1 : 0]);
+        return;
       }
-      if (!live && !views.length) parts.push(h("p", { class: "pi-empty" }, "There is nothing to show: no model and no run."));
+      if (parts.every((part) => part === script)) parts.push(h("p", { class: "pi-empty" }, "There is nothing to show: no model and no run."));
       this.replaceChildren(...parts);
-      if (this.tabs) this.turnTo(this.tabs[location.hash.length > 1 ? 1 : 0]);
-      else live?.begin();
+      live?.begin();
     }
 
+    /** Show the one or the other; only what is shown is in the page. */
     turnTo(button) {
-      for (const each of this.tabs) {
-        each.setAttribute("aria-selected", String(each === button));
-        each.root.hidden = each !== button;
-      }
+      for (const each of this.tabs) each.setAttribute("aria-selected", String(each === button));
+      this.panel.replaceChildren(button.root);
       if (button.root === this.live.root && !this.live.begun) { this.live.begun = true; this.live.begin(); }
     }
 
