@@ -6,6 +6,7 @@
 
   const DEBOUNCE = 150; // ms from a change of the question to asking it
   const GRID = 16; // cells of a mask, each way
+  const MANY = 24; // layers of a stack from which on they are drawn small
   const FEW = 3; // pairs of a factor below which no role can be told
 
   // --- small things ----------------------------------------------------------------------------------------------------
@@ -228,7 +229,8 @@
         }
         block.append(head);
       }
-      block.append(h("div", { class: "pi-tiles" }, tiles), panels);
+      const columns = tiles.length > 4 ? Math.ceil(tiles.length / 2) : tiles.length;
+      block.append(h("div", { class: "pi-tiles", style: `--columns:${columns}` }, tiles), panels);
       return block;
     }
 
@@ -267,7 +269,7 @@
       const cells = layers.map((layer) => {
         const panels = h("div", { class: "pi-panels" });
         const textOnly = two && layer.streams.length === 1 && layer.streams[0] === "text";
-        const cell = this.cell(layer, layer.short, panels, !this.shown.has(layer.name));
+        const cell = this.cell(layer, layer.short.replace("single block", "single"), panels, !this.shown.has(layer.name));
         const row = h("div", { class: "pi-row" }, cell);
         if (two && layer.streams.includes("text") && !textOnly) {
           const image = picture();
@@ -296,11 +298,12 @@
         const kind = `pi-block${this.shown.has(layer.name) ? "" : " pi-end"}${carried ? " pi-carries" : ""}`;
         return h("div", { class: kind, "data-block": layer.name }, row, panels);
       });
-      const body = h("div", { class: "pi-body pi-stack" });
+      const many = cells.length > MANY;
+      const body = h("div", { class: `pi-body pi-stack${many ? " pi-many" : ""}` });
       let columns = 0;
       const arrange = () => {
-        const fit = Math.max(1, Math.floor(body.clientWidth / (two ? 230 : 130)));
-        const wanted = Math.max(1, Math.min(fit, 5, Math.ceil(cells.length / 9)));
+        const fit = Math.max(1, Math.floor(body.clientWidth / ((two ? 210 : 110) * (many ? 0.75 : 1))));
+        const wanted = Math.max(1, Math.min(fit, Math.ceil((cells.length - 2) / 10)));
         if (wanted === columns) return;
         columns = wanted;
         const each = Math.ceil(cells.length / columns);
@@ -643,12 +646,12 @@
       this.show();
     }
 
-    /** The layer with which most of a factor came over, of those that have a role. */
+    /** The layer with which most of a factor came over, of those that have a role; else one to begin with. */
     strongest() {
       const { run, window } = this;
       const of = (name) => (run.numbers?.[window]?.[name] || []).find((row) => row.factor === this.role(window, name))?.transfer ?? -1;
       const best = run.layers.map((layer) => layer.name).reduce((a, b) => (a !== null && of(a) >= of(b) ? a : b), null);
-      return best !== null && of(best) >= 0 ? best : null;
+      return best !== null && of(best) >= 0 ? best : run.layers[run.layers.length >> 1].name;
     }
 
     choose(name) {
@@ -946,7 +949,7 @@
         this.buildSweep(),
         this.sweepSays,
         this.network.root,
-        legend(this.model.colours, [...Object.keys(this.model.factors || {}), "everything"]),
+        this.model.factors && legend(this.model.colours, [...Object.keys(this.model.factors), "everything"]),
         h("p", { class: "pi-small pi-keys" }, "Click a layer to take it from E; Shift adds one; dragging over a block takes all of it. Arrows move, Enter asks, Esc clears."),
       );
       const slim = this.model.form !== "u" && this.model.default_layers.length <= 9;
@@ -1059,7 +1062,7 @@
       this.three.images.R.setAttribute("data-answer", "");
       this.asked = h("p", { class: "pi-asked" });
       this.status = h("p", { class: "pi-status", role: "status" });
-      this.painted = h("progress", { class: "pi-painted", hidden: true, max: 1, value: 0, "aria-label": "steps made" });
+      this.painted = h("progress", { class: "pi-painted", max: 1, value: 0, "aria-label": "steps made" });
       this.says = h("p", { class: "pi-says", "aria-live": "polite" });
       this.numbersAt = h("div");
       const action = (name, run) => h("button", { type: "button", onclick: run }, name);
@@ -1073,7 +1076,7 @@
         action("save as run", () => this.saveRun()),
       );
       this.kept = h("span", { class: "pi-small", role: "status" });
-      return h(
+      this.answerRoot = h(
         "section",
         { "data-part": "answer", class: "pi-answer", "aria-label": "the answer" },
         this.asked,
@@ -1085,6 +1088,7 @@
         this.actions,
         this.kept,
       );
+      return this.answerRoot;
     }
 
     buildHow() {
@@ -1357,8 +1361,7 @@
       R.removeAttribute("data-id");
       R.classList.add("pi-waiting");
       this.status.textContent = question.layers.length ? "asking …" : "making O and E …";
-      this.says.textContent = "";
-      this.numbersAt.replaceChildren();
+      this.answerRoot.classList.add("pi-busy");
       let ended = false;
       for await (const line of this.stream("ask", { tab: this.tab, question }, this.asking.signal)) {
         if (turn !== this.turn) return;
@@ -1367,14 +1370,23 @@
         if (line.step !== undefined) this.showStep(line);
         if (line.answer) { ended = true; this.keep({ question, answer: line.answer }); this.fill(question, line.answer); }
         if (line.ready) { ended = true; this.showReady(); }
-        if (line.error) { ended = true; this.fail(line.error); this.idle(""); }
+        if (line.error) { ended = true; this.fail(line.error); this.showNothing(); }
         if (line.replaced) { ended = true; this.idle(""); }
       }
-      if (!ended && turn === this.turn) { this.fail("The answer broke off: is probekit inspect still running?"); this.idle(""); }
+      if (!ended && turn === this.turn) { this.fail("The answer broke off: is probekit inspect still running?"); this.showNothing(); }
+    }
+
+    /** No answer came: what is seen is none of this question. */
+    showNothing() {
+      setPicture(this.three.images.R, null);
+      this.says.textContent = "";
+      this.numbersAt.replaceChildren();
+      this.idle("");
     }
 
     idle(says) {
-      this.painted.hidden = true;
+      this.answerRoot.classList.remove("pi-busy");
+      this.painted.value = 0;
       this.status.textContent = says;
       this.three.images.R.classList.remove("pi-waiting", "pi-preview");
     }
@@ -1393,14 +1405,13 @@
     showStep({ step, of, picture: url }) {
       const { R } = this.three.images;
       if (url) { setPicture(R, url, `the picture after step ${step + 1} of ${of}`); R.classList.add("pi-preview"); R.classList.remove("pi-waiting"); }
-      this.painted.hidden = false;
       this.painted.max = of;
       this.painted.value = step + 1;
       this.status.textContent = `step ${step + 1} of ${of}`;
     }
 
     showReady() {
-      setPicture(this.three.images.R, null);
+      this.showNothing();
       this.three.names.R.textContent = "";
       this.idle("Choose a layer to see what comes over with it.");
     }
@@ -1424,7 +1435,7 @@
     choosing(entry) {
       this.current = entry;
       for (const each of this.entries) each.button.setAttribute("aria-current", String(each === entry));
-      this.actions.classList.toggle("pi-none", !entry);
+      this.actions.hidden = !this.entries.length;
       for (const button of this.actions.children) button.disabled = !entry;
       this.kept.textContent = "";
     }
