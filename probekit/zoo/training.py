@@ -132,7 +132,7 @@ def _train(
         if not checkpoint.exists():
             return "interrupted, before anything was kept"
         step = torch.load(checkpoint, weights_only=True, mmap=True)["step"]
-        return f"interrupted: {step} of {schedule.steps} steps are kept in {checkpoint}; the same command goes on"
+        return f"interrupted: {step} of {schedule.steps} steps are kept in {checkpoint}; the same command goes on from there"
 
     worker.train()
     saved_at = time.monotonic()
