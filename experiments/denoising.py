@@ -13,7 +13,7 @@ import typer
 
 from probekit.experiments.loading import Dtype, Offload, Variant
 from probekit.hooks.errors import ProbekitError
-from probekit.runs.experiment import Bench, Experiment, Unit, Work, names
+from probekit.runs.experiment import Bench, Experiment, Unit, Work, names, whole_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -172,10 +172,9 @@ def inversions(text: str, flag: str) -> list[str]:
 
 def step_counts(text: str) -> list[int]:
     """`--steps 10,100` as numbers. Raises ProbekitError for what is none."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and 1 <= len(part) <= 5 and int(part) > 0 for part in parts):
+    if 0 in (counts := whole_numbers(text, "--steps", "numbers of steps, as 10,100")):
         raise ProbekitError(f"--steps {text!r}: write numbers of steps, as 10,100")
-    return sorted({int(part) for part in parts})
+    return sorted(set(counts))
 
 
 def numbered(prefix: str, pictures: Tensor | Sequence[Tensor], first: int = 0) -> dict[str, Tensor]:

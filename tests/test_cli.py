@@ -106,7 +106,7 @@ def test_a_finished_run_is_not_made_again_and_is_shown_without_its_file_of_pairs
     mine.unlink()
     assert probekit("describe", "run", cwd=tmp_path).stdout.lstrip() == found.lstrip()
     (tmp_path / "run" / "images" / "content-00" / "O.png").unlink()
-    assert "O.png of content-00 is missing; delete units/content-00.parquet" in refused("describe", "run", cwd=tmp_path)
+    assert "O.png of content-00 is missing; the same command makes it again" in refused("describe", "run", cwd=tmp_path)
 
 
 def test_from_python_a_sweep_gives_its_findings(tiny_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
@@ -374,7 +374,7 @@ def test_values_that_typer_would_refuse_are_refused_from_python_too(options: dic
     ("options", "said"),
     [
         ({"layers": []}, "--layers: name at least one"),
-        ({"words": " "}, "--words ' ': names none"),
+        ({"words": " "}, "--words ' ': is empty"),
         ({"mask": "2x2:88"}, "--mask '2x2:88': write height x width"),
         ({"mask": "2x2:0"}, "nothing lies inside it"),
         ({"windows": 2}, "--windows 2: goes with --apart"),

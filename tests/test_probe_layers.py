@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from probekit import ProbekitError, hooks, load
+from probekit.checksums import sealed, unsealed
 from probekit.data import load_data
 from probekit.experiments.probe_layers import INPUT, PIXELS, ProbeLayers, Spool
 from probekit.latents.positions import at_positions
@@ -383,14 +384,14 @@ def test_a_sweep_that_is_none_or_of_something_else_is_refused(folder: Path) -> N
     assert "--against 'nowhere': no run folder" in refused(*RUN, "--against", "nowhere", "--out", "run")
     (folder / "swept" / "results.parquet").unlink()
     assert "--against 'swept': not finished" in refused(*RUN, "--against", "swept", "--out", "run")
-    config = (folder / "swept" / "config.json").read_text()
-    (folder / "swept" / "config.json").write_text(config.replace("inject-sweep", "stitch-run"))
+    config = folder / "swept" / "config.json"
+    config.write_bytes(sealed(unsealed(config.read_bytes()) | {"experiment": "stitch-run"}))
     assert "--against 'swept': of stitch-run" in refused(*RUN, "--against", "swept", "--out", "run")
     shutil.rmtree(folder / "swept")
     assert probekit(*sweep, "sd", "--pairs", 1).returncode == 0
     digest = load("sd", device="cpu").digest
-    config = (folder / "swept" / "config.json").read_text()
-    (folder / "swept" / "config.json").write_text(config.replace(digest, "0123456789ab"))
+    told = unsealed(config.read_bytes())
+    config.write_bytes(sealed(told | {"inputs": told["inputs"] | {"model_digest": "0123456789ab"}}))
     said = refused(*RUN, "--against", "swept", "--out", "run")
     assert "is of another model (0123456789ab" in said and digest in said
     assert not (folder / "run").exists()

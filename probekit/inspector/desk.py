@@ -54,6 +54,8 @@ _KEYS = {field.name for field in dataclasses.fields(InjectImage)} - {
 }
 """The keys of a question: the options of `inject image`."""
 
+_SIDES = ("image_original", "image_edit")
+
 _OF_LAYERS = ("layers", "stream", "operation", "weight", "steps", "words", "mask", "apart", "windows")
 """Those of them in which questions of one pair may differ."""
 
@@ -153,7 +155,7 @@ class Desk:
         if odd := sorted(set(map(str, told)) - _KEYS):
             raise ProbekitError(f"question: unknown key {odd[0]!r}; known: {', '.join(sorted(_KEYS))}")
         asked = self.first | told | more
-        for side in ("image_original", "image_edit"):
+        for side in _SIDES:
             if (ident := asked[side]) is not None:
                 if ident not in self._given:
                     raise ProbekitError(f"{side} {str(ident)[:60]!r}: this picture is not here; give it again")
@@ -399,14 +401,18 @@ class Desk:
         made, found = self._answers[ident]
         inputs = made.inputs()
         run = Run(made.default_folder(inputs), made.name, made.options, inputs, made.command)
-        for unit, work in found.items():
-            run.write(unit, work)
-        if len(found) == len(made.asked):
-            made.findings(run, run.collect(list(made.asked))).write()
+        with run.held(shared=False):
+            for unit, work in found.items():
+                run.write(unit, work)
+            if len(found) == len(made.asked):
+                made.findings(run, run.collect(list(made.asked))).write()
         return run.folder
 
     def _copies(self, made: InjectImage) -> dict[str, str]:
-        return {"command": shlex.join(made.command), "python": _python(made)}
+        """What gives the same picture elsewhere; pictures that were given are called as they were where they came from."""
+        given = {side: file and Path(file.name) for side in _SIDES if (file := getattr(made, side)) is not None}
+        named = dataclasses.replace(made, **given)
+        return {"command": shlex.join(named.command), "python": _python(made, named)}
 
     def _caption(self, made: InjectImage) -> str:
         """A line to go below a saved picture."""
@@ -426,11 +432,14 @@ _SCENES = (
 _PHOTOGRAPHS = ("a photograph of a cat on a sofa", "a painting of a dog in a forest")
 
 
-def _python(made: InjectImage) -> str:
-    """A script that gives the same picture, `picture`; of a sweep, and of pictures that are given, the same run."""
+def _python(made: InjectImage, named: InjectImage) -> str:
+    """A script that gives the same picture, `picture`; of a sweep, and of pictures that are given, the same run.
+
+    named: the same question, with the names of given pictures.
+    """
     if made.apart or made.image_original or made.image_edit:
-        defaults = {field.name: field.default for field in dataclasses.fields(made)}
-        chosen = {key: value for key, value in made.options.items() if value != defaults[key]}
+        defaults = {field.name: field.default for field in dataclasses.fields(named)}
+        chosen = {key: value for key, value in named.options.items() if value != defaults[key]}
         arguments = "".join(f"    {key}={value!r},\n" for key, value in chosen.items())
         return f"from probekit.experiments import InjectImage\n\nfindings = InjectImage(\n{arguments}).run()\n"
     edit = made.noise if made.noise_edit is None else made.noise_edit

@@ -283,9 +283,8 @@ def _picture(run: Run, pair: Mapping[str, Any], name: str) -> Path:
     """Where a pair's picture lies. Raises ProbekitError where it does not."""
     path = run.picture(pair["name"], name)
     if not path.exists():
-        unit = f"units/{pair['name']}.parquet"
         raise ProbekitError(
-            f"run {str(run.folder)!r}: {path.name} of {pair['name']} is missing; delete {unit} and start it again"
+            f"run {str(run.folder)!r}: {path.name} of {pair['name']} is missing; the same command makes it again"
         )
     return path
 

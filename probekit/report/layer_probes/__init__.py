@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from probekit.report.figures import data_url, render, save_figure, style
 from probekit.report.findings import Findings, Table
-from probekit.report.injection import COLOURS, colour, short
+from probekit.report.injection import COLOURS, colour
+from probekit.report.network import short
 
 if TYPE_CHECKING:
     import pandas as pd
