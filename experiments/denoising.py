@@ -27,7 +27,9 @@ BLOCK = 64
 SHOWN = 6
 """Pictures that are kept as pictures."""
 METHODS = "plain,fixed-point,renoised,edict"
-"""Every inversion."""
+"""The inversions that are compared where nobody says."""
+CHOICES = "plain, fixed-point, newton, renoise, renoised, edict, bdia, belm, edit-friendly, rf-solver, fireflow"
+"""Every inversion, for the help: `sampling.inversions` needs torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +108,18 @@ class Inverting(Denoising):
             raise ProbekitError(f"--renoised {self.renoised}: there are {self.steps} steps")
 
     def inputs(self) -> dict[str, Any]:
-        """The model's fingerprint. Raises ProbekitError for what is no schedule of the model's."""
-        self.diffusion.schedule(self.steps)
+        """The model's fingerprint. Raises ProbekitError for what is no schedule of the model's, or no inversion for it."""
+        from probekit.sampling.inversions import check_method
+
+        prediction = self.diffusion.schedule(self.steps).prediction
+        for name in self.chosen:
+            check_method(name, prediction)
         return self.of_model()
+
+    @property
+    def chosen(self) -> list[str]:
+        """The names of its inversions."""
+        raise NotImplementedError
 
     def images_of(self, data: str) -> Dataset:
         """A data set in the size of the model's images. Raises ProbekitError as `load_data`."""

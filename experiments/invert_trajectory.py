@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from probekit.experiments.denoising import BLOCK, SHOWN, Inverting, inversions, numbered
+from probekit.experiments.denoising import BLOCK, CHOICES, SHOWN, Inverting, inversions, numbered
 from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Bench, Findings, Unit, Work
 
@@ -30,14 +30,19 @@ class InvertTrajectory(Inverting):
 
     name: ClassVar[str] = "invert-trajectory"
 
-    method: Annotated[str, typer.Option(help="The latent's: plain, fixed-point, renoised or edict.")] = "plain"
+    method: Annotated[str, typer.Option(help=f"The latent's: {CHOICES}.")] = "plain"
     steps: Annotated[int, typer.Option(min=1, help="Steps of sampling and of inversion.")] = 100
     n: Annotated[int, typer.Option("--n", min=2, help="How many samples.")] = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(inversions(self.method, "--method")) != 1:
+        if len(self.chosen) != 1:
             raise ProbekitError(f"--method {self.method!r}: one inversion at a time")
+
+    @property
+    def chosen(self) -> list[str]:
+        """The name of `--method`."""
+        return inversions(self.method, "--method")
 
     def plan(self) -> list[Unit]:
         """Blocks of samples."""
@@ -52,12 +57,14 @@ class InvertTrajectory(Inverting):
         import pandas as pd
         import torch
 
+        from probekit import seeds
         from probekit.images import as_pictures
         from probekit.metrics.geometry import interpolation_distances
         from probekit.sampling import sample
-        from probekit.sampling.inversions import INVERSIONS, inverted
+        from probekit.sampling.inversions import INVERSIONS, inverted, noises
 
-        (method,), diffusion = inversions(self.method, "--method"), self.diffusion
+        (method,), diffusion = self.chosen, self.diffusion
+        drawn, several = noises(method, self.steps, diffusion.shape), INVERSIONS[method].parts(self.steps) > 1
         schedule, first = diffusion.schedule(self.steps), int(unit.name.removeprefix("block-"))
         count, rows = len(schedule) + 1, range(first, first + unit.size)
         size = min(self.batch_size, max(1, KEPT // (count * math.prod(diffusion.shape))))
@@ -66,9 +73,9 @@ class InvertTrajectory(Inverting):
         for numbers in (rows[start : start + size] for start in range(0, len(rows), size)):
             noise = diffusion.noise(numbers, self.seed)
             walked = sample(diffusion.denoiser(len(numbers)), noise.to(diffusion.device), schedule, keep=range(count))
-            fresh = diffusion.fresh_noise(numbers, self.seed)
+            fresh = seeds.fresh_noise(drawn, numbers, self.seed)
             latents = inverted(diffusion, method, walked.end, schedule, fresh, renoised=self.renoised).end.cpu()
-            latents = latents[:, 0].float() if INVERSIONS[method].pairs else latents
+            latents = latents[:, 0].float() if several else latents
             states = [walked.kept[i] for i in range(count)]
             distances += interpolation_distances(states, noise, latents, POINTS) * len(numbers) / len(rows)
             if (left := SHOWN - numbers[0]) > 0:

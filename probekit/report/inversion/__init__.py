@@ -23,11 +23,20 @@ _COLOURS = {
     "fixed-point": "#3d8f6f",
     "renoised": "#8064a2",
     "edict": "#26251f",
+    "newton": "#2f6f9f",
+    "renoise": "#c77fb0",
+    "bdia": "#7d5a3c",
+    "belm": "#5f7d2f",
+    "edit-friendly": "#d9822b",
+    "rf-solver": "#2a9d9d",
+    "fireflow": "#a03a5c",
     "white noise, expected": "#8a8880",
 }
 _MAIN = (
     "round-trip error",
     "network calls",
+    "steps unsolved",
+    "steps that fold",
     "error to the noise",
     "error to the noise, plain areas",
     "error to the noise, textured areas",
@@ -66,6 +75,10 @@ def headline(rows: pd.DataFrame) -> str:
     if len(errors) > 1:
         best = min(errors, key=lambda m: errors[m])
         said = f"The most faithful way there and back is {best}; the round trips err by {said.split(' by ', 1)[1]}"
+    if ("newton", "steps that fold") in value.index and (folds := value["newton", "steps that fold"]) > 0:
+        said += (
+            f" In {folds:.2g} steps a picture other states lead to the same next one: newton's latents are each one of several."
+        )
     first = methods[0]
     if (first, "top-10 correlation") in value.index:
         latents, noise = (value[name, "top-10 correlation"] for name in (first, "noise"))
