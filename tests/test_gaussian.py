@@ -72,7 +72,9 @@ def test_a_trajectory_s_gains_are_the_products_of_its_steps(kind: str) -> None:
 
 @pytest.mark.parametrize("n", [6, 400])
 @pytest.mark.parametrize("kind", SCHEDULERS)
-@pytest.mark.parametrize("method", INVERSIONS)
+@pytest.mark.parametrize(
+    "method", [m for m, inversion in INVERSIONS.items() if inversion.draws(10) <= 1 and not inversion.flows]
+)
 def test_trajectories_and_latents_of_every_inversion_are_those_of_the_exact_denoiser(method: str, kind: str, n: int) -> None:
     known, schedule, inversion = Gaussian.of(data(n)), Schedule.of(SCHEDULERS[kind], 10), INVERSIONS[method]
     generator = torch.Generator().manual_seed(1)
@@ -82,7 +84,7 @@ def test_trajectories_and_latents_of_every_inversion_are_those_of_the_exact_deno
         walked = sample(denoiser, start, schedule, keep=range(11))
         latents = inversion.invert(denoiser, walked.end, schedule, fresh, 2).end
         back = inversion.back(denoiser, latents, schedule).end
-        return [*(walked.kept[i] for i in range(11)), *(x[:, 0] if inversion.pairs else x for x in (latents, back))]
+        return [*(walked.kept[i] for i in range(11)), latents[:, 0] if inversion.parts(10) > 1 else latents, back]
 
     found = known.along(way, schedule, noise, fresh)
     *states, latents, back = (known.values(each) for each in found)
