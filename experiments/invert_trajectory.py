@@ -109,7 +109,6 @@ class InvertTrajectory(Inverting, Predicting):
         (method,) = self.chosen
         inversion, schedule = INVERSIONS[method], self.diffusion.schedule(self.steps)
         renoised = default_renoised(self.steps) if self.renoised is None else self.renoised
-
         several = inversion.parts(self.steps) > 1
 
         def way(denoiser: Denoiser, noise: Tensor, fresh: Tensor) -> list[Tensor]:
