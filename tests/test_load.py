@@ -548,7 +548,19 @@ CALLS = {
 
 def test_the_payloads_do_run_where_a_pickle_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for body in ("posix.system", "eval", "exec", "check_output", "INST", "OBJ", "STACK_GLOBAL", "open", "partial", "getattr", "timeit"):
+    for body in (
+        "posix.system",
+        "eval",
+        "exec",
+        "check_output",
+        "INST",
+        "OBJ",
+        "STACK_GLOBAL",
+        "open",
+        "partial",
+        "getattr",
+        "timeit",
+    ):
         pickle.loads(whole(RUN[body]))
         assert (tmp_path / "ran").exists(), body
         (tmp_path / "ran").unlink()
