@@ -399,10 +399,11 @@ class Desk:
         made, found = self._answers[ident]
         inputs = made.inputs()
         run = Run(made.default_folder(inputs), made.name, made.options, inputs, made.command)
-        for unit, work in found.items():
-            run.write(unit, work)
-        if len(found) == len(made.asked):
-            made.findings(run, run.collect(list(made.asked))).write()
+        with run.held(shared=False):
+            for unit, work in found.items():
+                run.write(unit, work)
+            if len(found) == len(made.asked):
+                made.findings(run, run.collect(list(made.asked))).write()
         return run.folder
 
     def _copies(self, made: InjectImage) -> dict[str, str]:
