@@ -23,7 +23,6 @@ from probekit.models import load
 from probekit.models.painter import Painter
 from tests.conftest import killed, probekit, process, refused
 
-
 MARKUP = "a red fish at the right</script><b>"
 
 
