@@ -17,6 +17,7 @@ from probekit.sampling.trajectory import (
     invert,
     invert_coupled,
     invert_fixed_point,
+    invert_newton,
     invert_renoised,
     sample,
     sample_coupled,
@@ -57,6 +58,11 @@ INVERSIONS: dict[str, Inversion] = {
     "fixed-point": Inversion(
         "each step solved for where it started (Pan et al. 2023)",
         lambda d, x, s, epsilon, k: invert_fixed_point(d, x, s),
+        lambda d, z, s: sample(d, z, s),
+    ),
+    "newton": Inversion(
+        "fixed-point, with Newton-Krylov for the steps that stall (Knoll and Keyes 2004)",
+        lambda d, x, s, epsilon, k: invert_newton(d, x, s),
         lambda d, z, s: sample(d, z, s),
     ),
     "renoised": Inversion(

@@ -10,13 +10,14 @@ finite.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from probekit.hooks.errors import ProbekitError
+from probekit.sampling import newton
 from probekit.sampling.schedule import Schedule
 
 Denoiser = Callable[[Tensor, float], Tensor]
@@ -30,12 +31,16 @@ EDICT_MIX = 0.93
 class Trajectory:
     """What a sampling or inversion gave. end: the last state, where the start was; kept: the states that were asked for.
 
-    `calls` is the number of times that the denoiser was called.
+    `calls` is the number of times that the denoiser was called. Of inversions that solve their steps, for each row (n,):
+    unsolved: how many steps do not lead back to where they were solved for, within the tolerance. folded: how many were solved
+    where the step folds (`invert_newton`), so that other states may lead to the same next one: the latent may be one of several.
     """
 
     end: States
     kept: dict[int, States] = field(default_factory=dict)
     calls: int = 0
+    unsolved: Int[Tensor, " n"] | None = None
+    folded: Int[Tensor, " n"] | None = None
 
 
 class _Walk:
@@ -118,25 +123,70 @@ def invert_fixed_point(
     """
     walk = _Walk(denoiser, start, schedule, keep)
     states = walk.at(len(schedule), walk.start)
+    unsolved = torch.zeros(len(states), dtype=torch.long)
     for step in reversed(range(len(schedule))):
-        a, b = schedule.backward(step)
-        guess = best = a * states + b * walk.predict(states, step)
-        a, b = schedule.forward(step)
-        least = torch.full((len(states),), float("inf"), dtype=states.dtype, device=states.device)
-        scale = states.flatten(1).norm(dim=1).clamp_min(torch.finfo(states.dtype).tiny)
-        accelerated = _Anderson()
-        for _ in range(most - 1):
-            moved = (states - b * walk.predict(guess, step)) / a
-            # sampling leads from the guess to a * guess + b * prediction, which is states + a * (guess - moved)
-            error = abs(a) * (moved - guess).flatten(1).norm(dim=1) / scale
-            better = error < least
-            best = torch.where(better.view(-1, *[1] * (states.ndim - 1)), guess, best)
-            least = torch.where(better, error, least)
-            if (least <= tolerance).all():
-                break
-            guess = accelerated.next(guess, moved)
-        states = walk.at(step, best)
-    return walk.end(states)
+        states, error = _fixed_point(walk, states, step, tolerance, most)
+        states = walk.at(step, states)
+        unsolved += (error > tolerance).cpu()
+    return replace(walk.end(states), unsolved=unsolved)
+
+
+@torch.no_grad()
+def invert_newton(
+    denoiser: Denoiser,
+    start: States,
+    schedule: Schedule,
+    *,
+    keep: Collection[int] = (),
+    tolerance: float = 2e-7,
+    most: int = 20,
+    newton_most: int = 1000,
+) -> Trajectory:
+    """`invert_fixed_point`, whose steps that stall are solved further by Newton-Krylov (`newton.solve`).
+
+    A step stalls where its Jacobian has eigenvalues around zero, as one of the last has in trained models. newton_most: calls of
+    the denoiser in such a step beyond `most`; a Jacobian-vector product is one. Where the Jacobian has a negative eigenvalue
+    the step folds, and the state that is found may be one of several; `folded` says so.
+    """
+    walk = _Walk(denoiser, start, schedule, keep)
+    states = walk.at(len(schedule), walk.start)
+    unsolved, folded = torch.zeros(2, len(states), dtype=torch.long)
+    for step in reversed(range(len(schedule))):
+        target = states
+        states, error = _fixed_point(walk, target, step, tolerance, most)
+        if (error > tolerance).any():
+            a, b = schedule.forward(step)
+
+            def sampled(states: Tensor, step: int = step, a: float = a, b: float = b) -> Tensor:
+                return a * states + b * walk.predict(states, step)
+
+            found = newton.solve(sampled, target, states, tolerance=tolerance, most=newton_most)
+            states, error = found.states, found.errors
+            folded += found.folded.cpu()
+        states = walk.at(step, states)
+        unsolved += (error > tolerance).cpu()
+    return replace(walk.end(states), unsolved=unsolved, folded=folded)
+
+
+def _fixed_point(walk: _Walk, states: Tensor, step: int, tolerance: float, most: int) -> tuple[Tensor, Tensor]:
+    """Where a step started that led to `states`, and how far it leads from them, (n,), in their norm."""
+    a, b = walk.schedule.backward(step)
+    guess = best = a * states + b * walk.predict(states, step)
+    a, b = walk.schedule.forward(step)
+    least = torch.full((len(states),), float("inf"), dtype=states.dtype, device=states.device)
+    scale = states.flatten(1).norm(dim=1).clamp_min(torch.finfo(states.dtype).tiny)
+    accelerated = _Anderson()
+    for _ in range(most - 1):
+        moved = (states - b * walk.predict(guess, step)) / a
+        # sampling leads from the guess to a * guess + b * prediction, which is states + a * (guess - moved)
+        error = abs(a) * (moved - guess).flatten(1).norm(dim=1) / scale
+        better = error < least
+        best = torch.where(better.view(-1, *[1] * (states.ndim - 1)), guess, best)
+        least = torch.where(better, error, least)
+        if (least <= tolerance).all():
+            break
+        guess = accelerated.next(guess, moved)
+    return best, least
 
 
 class _Anderson:

@@ -19,6 +19,7 @@ from probekit.report.figures import data_url, render, save_figure, style
 from probekit.report.findings import Findings, Table
 from probekit.report.injection import given
 from probekit.report.network import drawn_by_name, form_by_name, part_of, short
+from probekit.report.verdicts import foremost
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +36,7 @@ COLOURS = {
     NO_ROLE: "#d5d4cf",
 }
 _SPARE = ("#5b8c5a", "#8a5aa8", "#3aa0a0", "#a86b3c")
-_DESCRIPTORS = {
+DESCRIPTORS = {
     "reader": "the scene reader",
     "lpips": "LPIPS",
     "ssim": "SSIM",
@@ -121,7 +122,7 @@ def findings(run: Run, rows: pd.DataFrame) -> Findings:
 
 def says(summary: Summary) -> str:
     """Which layers carry what in the first window, by the main descriptor, and what no layer carries."""
-    window, by = summary.windows[0], _DESCRIPTORS[summary.descriptor]
+    window, by = summary.windows[0], DESCRIPTORS[summary.descriptor]
     when = "" if len(summary.windows) == 1 else "at all steps, " if window == "all" else f"at steps {window}, "
     if len(summary.factors) == 1:
         return _of_one_factor(summary, f"{when}by {by}, ")
@@ -139,7 +140,7 @@ def says(summary: Summary) -> str:
         listed = _listed([*named, *([f"{more} other{'s' if more > 1 else ''}"] if more else [])])
         carried.append(f"{role} comes over with {listed}")
     if nowhere:
-        carried.append(f"no layer carries {_listed(nowhere, 'or')} alone")
+        carried.append(f"no layer is shown to carry {_listed(nowhere, 'or')} alone")
     said = f"{when}by {by}, {'; '.join(carried)}."
     return said[0].upper() + said[1:] + _few(summary)
 
@@ -150,9 +151,11 @@ def _of_one_factor(summary: Summary, by: str) -> str:
     if known.empty:
         said = f"{by}O and E do not differ: nothing could come over."
     else:
-        most = known.loc[known.transfer.idxmax()]
+        first, *others = foremost({r.layer: (r.transfer, r.low, r.high) for r in known.itertuples()})
+        most = known.set_index("layer").loc[first]
         interval = f"95% interval {most.low:.2f}–{most.high:.2f}, null {most.null:.2f}"
-        said = f"{by}most comes over with {most.layer} ({most.transfer:.2f}, {interval})."
+        said = f"{by}most comes over with {first} ({most.transfer:.2f}, {interval})"
+        said += f", from which {len(others)} other{'s' if len(others) > 1 else ''} cannot be told." if others else "."
     return f"{said[0].upper()}{said[1:]} One factor alone gives no roles: there is no other to be clear of.{_few(summary)}"
 
 
@@ -168,7 +171,7 @@ def _listed(parts: Sequence[str], last: str = "and") -> str:
 def _table(summary: Summary) -> Table:
     """Layers with transfer and interval, null, damage and role."""
     several = len(summary.windows) > 1
-    by = _DESCRIPTORS[summary.descriptor]
+    by = DESCRIPTORS[summary.descriptor]
     title = f"transfer by {by} (0 nothing, 1 all of it), 95% interval, (null: an unrelated donor)"
     columns = [*(["steps"] if several else []), "layer", *summary.factors, "damage", "role"]
     rows: list[tuple[str, ...]] = []
@@ -198,14 +201,14 @@ def _page(run: Run, summary: Summary, pictures: Sequence[given.MadeAgain], said:
     if len(windows) > 1:
         drawn["time"] = save_figure(_time_figure(summary), figures / "time")
     shown = seen(run, summary)
-    descriptors = [d for d in _DESCRIPTORS if (summary.summary.descriptor == d).any()]
+    descriptors = [d for d in DESCRIPTORS if (summary.summary.descriptor == d).any()]
     return render(
         "injection/page.html",
         run,
         name=shown["name"],
         headline=said,
         conclusions=summary.carriers(),
-        descriptor=_DESCRIPTORS[summary.descriptor],
+        descriptor=DESCRIPTORS[summary.descriptor],
         factors=factors,
         controlled=all(f in COLOURS and f != "own" for f in factors) and summary.descriptor == "reader",
         colours=shown["colours"],
@@ -214,12 +217,11 @@ def _page(run: Run, summary: Summary, pictures: Sequence[given.MadeAgain], said:
         pairs=shown["pairs"],
         roles=shown["roles"][windows[0]],
         data={"model": None, "runs": [shown]},
-        inspector={kind: (Path(__file__).parent.parent / f"inspector.{kind}").read_text() for kind in ("js", "css")},
         figures=drawn,
         far=FAR,
         given=[_given(run, picture, config["inputs"]["swept_pairs"]) for picture in pictures],
         table=_cells(summary, descriptors),
-        descriptors=[_DESCRIPTORS[d] for d in descriptors],
+        descriptors=[DESCRIPTORS[d] for d in descriptors],
         everything=EVERYTHING,
         no_role=NO_ROLE,
     )
@@ -245,7 +247,7 @@ def seen(run: Run, summary: Summary) -> dict[str, Any]:
         "pairs": pairs,
         "factors": summary.factors,
         "colours": {f: colour(f, summary.factors) for f in [*summary.factors, EVERYTHING, NO_ROLE]},
-        "descriptor": _DESCRIPTORS[summary.descriptor],
+        "descriptor": DESCRIPTORS[summary.descriptor],
         "fewest_pairs": summary.fewest_pairs,
         "numbers": {w: {la: _records(summary.numbers(w, la)) for la in layers} for w in windows},
         "roles": {w: {la: summary.role_of[w, la] for la in layers} for w in windows},
@@ -281,9 +283,8 @@ def _picture(run: Run, pair: Mapping[str, Any], name: str) -> Path:
     """Where a pair's picture lies. Raises ProbekitError where it does not."""
     path = run.picture(pair["name"], name)
     if not path.exists():
-        unit = f"units/{pair['name']}.parquet"
         raise ProbekitError(
-            f"run {str(run.folder)!r}: {path.name} of {pair['name']} is missing; delete {unit} and start it again"
+            f"run {str(run.folder)!r}: {path.name} of {pair['name']} is missing; the same command makes it again"
         )
     return path
 
@@ -345,7 +346,7 @@ def _roles_figure(summary: Summary) -> Figure:
                 by.null, at - width * 0.43, at + width * 0.43, color="#26251f", lw=1.1, zorder=4, linestyles=(0, (1.2, 0.8))
             )
             harm.plot(at, by.damage, "o", ms=3.5, color=c)
-        ax.set(ylim=(0, 1.1), xlim=(-0.6, len(layers) - 0.4), ylabel=f"transfer, by {_DESCRIPTORS[summary.descriptor]}")
+        ax.set(ylim=(0, 1.1), xlim=(-0.6, len(layers) - 0.4), ylabel=f"transfer, by {DESCRIPTORS[summary.descriptor]}")
         ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
         harm.set(ylim=(-0.05, max(1.05, float(np.nanmax(shown.damage)) * 1.05)), ylabel="damage")
         harm.set_xticks(range(len(layers)), [short(la) for la in layers], rotation=48, ha="right", rotation_mode="anchor")
@@ -441,6 +442,6 @@ def _time_figure(summary: Summary) -> Figure:
             ax.tick_params(length=0)
             for spine in ax.spines.values():
                 spine.set_visible(False)
-        figure.supxlabel(f"steps injected, in percent (0 is noise); transfer by {_DESCRIPTORS[summary.descriptor]}", fontsize=9)
+        figure.supxlabel(f"steps injected, in percent (0 is noise); transfer by {DESCRIPTORS[summary.descriptor]}", fontsize=9)
         plt.close(figure)
     return figure
