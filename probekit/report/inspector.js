@@ -637,7 +637,7 @@
         h(
           "div",
           { class: `pi-bench${run.form !== "u" && run.layers.length <= 9 ? " pi-slim" : ""}` },
-          h("section", { "data-part": "network", class: "pi-network", "aria-label": "the network" }, this.network.root, legend(run.colours, [...run.factors, run.everything], "no frame: no role. Each picture is O with that layer taken from E.")),
+          h("section", { "data-part": "network", class: "pi-network", "aria-label": "the network" }, this.network.root, legend(run.colours, [...run.factors, run.everything, "mixed"], `no frame: ${run.one_pair ? "nothing came over" : "no role"}. Each picture is O with that layer taken from E.`)),
           this.detail,
         ),
         this.time,
@@ -730,9 +730,13 @@
       const when = this.window === "all" ? "" : ` at steps ${windowText(this.window)}`;
       const known = rows.filter((row) => row.transfer !== null);
       const came = listed(known.map((row) => `${percent(row.transfer)} of ${row.factor === "own" ? "what E differs in" : `the ${row.factor}`}`));
-      const measured = came ? ` Over all pairs, ${came} came over${when}.` : "";
+      const measured = came ? ` ${run.one_pair ? "Here" : "Over all pairs"}, ${came} came over${when}.` : "";
       const chip = (text, colour) => h("b", { class: "pi-chip", style: colour ? `--c:${colour}` : "" }, text);
       if (role === null) return [measured.trim()];
+      if (run.one_pair) {
+        const what = role === run.no_role ? ["Nothing", " came over"] : role === "mixed" ? ["A mixture", " came over"] : [sentence(role), " came over"];
+        return [chip(what[0], run.colours[role]), `${what[1]} with this layer in this one pair: too few pairs to tell a role.${measured}`];
+      }
       if (role === run.everything) return [chip("Everything", run.colours[role]), ` comes over with this layer: with it alone, O becomes E.${measured}`];
       if (role !== run.no_role) {
         return [chip(sentence(role), run.colours[role]), ` comes over with this layer, clearly more than the rest, and than with an unrelated picture.${measured}`];
@@ -949,7 +953,9 @@
         this.buildSweep(),
         this.sweepSays,
         this.network.root,
-        this.model.factors && legend(this.model.colours, [...Object.keys(this.model.factors), "everything"]),
+        this.model.factors
+          ? legend(this.model.colours, [...Object.keys(this.model.factors), "everything", "mixed"], "no frame: nothing came over")
+          : h("p", { class: "pi-small" }, "The darker a swept layer's frame, the nearer its picture is to E, by LPIPS."),
         h("p", { class: "pi-small pi-keys" }, "Click a layer to take it from E; Shift adds one; dragging over a block takes all of it. Arrows move, Enter asks, Esc clears."),
       );
       const slim = this.model.form !== "u" && this.model.default_layers.length <= 9;
@@ -1402,12 +1408,13 @@
       this.showWords();
     }
 
+    /** A preview after so many steps. */
     showStep({ step, of, picture: url }) {
       const { R } = this.three.images;
-      if (url) { setPicture(R, url, `the picture after step ${step + 1} of ${of}`); R.classList.add("pi-preview"); R.classList.remove("pi-waiting"); }
+      if (url) { setPicture(R, url, `the picture after ${step} of ${of} steps`); R.classList.add("pi-preview"); R.classList.remove("pi-waiting"); }
       this.painted.max = of;
-      this.painted.value = step + 1;
-      this.status.textContent = `step ${step + 1} of ${of}`;
+      this.painted.value = step;
+      this.status.textContent = `step ${step} of ${of}`;
     }
 
     showReady() {
@@ -1549,7 +1556,8 @@
 
     async sweep() {
       if (this.sweeping) return;
-      const question = structuredClone(this.q);
+      // a stream and words are of the layers that are chosen; a sweep takes others
+      const question = { ...structuredClone(this.q), stream: null, words: null };
       const windows = this.byTime.checked ? 4 : 1;
       this.sweeping = new AbortController();
       this.alert.hidden = true;
@@ -1568,7 +1576,7 @@
         if (line.start) { if (this.pairOf(question) === this.pairOf(this.q)) this.showStart(line.start); this.sweepStart = line.start; }
         if (line.tile) {
           const { tile } = line;
-          this.put(question, tile.window, tile.layer, { picture: tile.picture, colour: tile.came === "nothing" || !tile.came ? null : tile.colour, says: tile.says });
+          this.put(question, tile.window, tile.layer, { picture: tile.picture, colour: tile.came === "nothing" ? null : tile.colour, says: tile.says });
           count += 1;
           this.progress.max = Math.max(expected, count);
           this.progress.value = count;
