@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from probekit import hooks
+from probekit.experiments import InjectSweep
 from probekit.models import load
 from probekit.report.network import drawn, drawn_by_name, form, form_by_name
 
@@ -30,6 +31,17 @@ def test_a_u_goes_down_to_the_middle_and_up_again() -> None:
     told = {each["name"]: each for each in drawn(hooks.layers(load("mini-sd").denoiser))}
     down, up = ([told[f"{side}_blocks.{k}"]["level"] for k in range(3)] for side in ("down", "up"))
     assert down == up[::-1] == [0, 1, 2] and told["mid_block"]["level"] > 2
+
+
+def test_of_a_run_of_two_streams_both_lanes_are_drawn() -> None:
+    layers = hooks.select(hooks.layers(load("mini-sd3").denoiser), ["@blocks"])
+    inputs = InjectSweep(model="mini-sd3", pairs=1, num_steps=1).inputs()
+    assert inputs["swept_layers"] == [layer.name for layer in layers]
+    assert inputs["carry_text"] == inputs["swept_layers"][:-1]  # SD3's last block gives the image alone
+    assert form_by_name(inputs["swept_layers"], inputs["carry_text"]) == form(layers) == "lanes"
+    told = drawn_by_name(inputs["swept_layers"], inputs["carry_text"])
+    assert [each["streams"] for each in told] == [["image", "text"]] * 5 + [[]]
+    assert "carry_text" not in InjectSweep(pairs=1, num_steps=1, layers=["mid_block"]).inputs()
 
 
 def test_by_name_alone_a_network_is_drawn_as_by_its_layers() -> None:

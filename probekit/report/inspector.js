@@ -88,12 +88,13 @@
 
   /** A drawn network: tiles to choose from. `choose(names, {add, stream})` is called for every choice. */
   class Network {
-    constructor({ form, layers, shown, choose, clear, caption }) {
+    constructor({ form, layers, shown, choose, clear, caption, text = true }) {
       this.layers = layers;
       this.byName = new Map(layers.map((layer) => [layer.name, layer]));
       this.shown = new Set(shown);
       this.choose = choose;
       this.clear = clear;
+      this.text = text; // whether what is in the lane of the text can be chosen
       this.caption = caption;
       this.tiles = new Map();
       this.lanes = new Map();
@@ -271,7 +272,10 @@
         const textOnly = two && layer.streams.length === 1 && layer.streams[0] === "text";
         const cell = this.cell(layer, layer.short.replace("single block", "single"), panels, !this.shown.has(layer.name));
         const row = h("div", { class: "pi-row" }, cell);
-        if (two && layer.streams.includes("text") && !textOnly) {
+        if (two && layer.streams.includes("text") && !textOnly && !this.text) {
+          row.append(h("span", { class: "pi-joint", "aria-hidden": "true" }), h("span", { class: "pi-stop", "aria-hidden": "true" }));
+          carried = true;
+        } else if (two && layer.streams.includes("text") && !textOnly) {
           const image = picture();
           const lane = h(
             "button",
@@ -626,6 +630,7 @@
         form: run.form,
         layers: run.layers,
         shown: run.layers.map((layer) => layer.name),
+        text: false,
         choose: (names) => this.choose(names.at(-1)),
         clear: () => this.choose(null),
         caption: (layer, stream) => `O with ${stream ? `the ${stream} of ` : ""}${layer.short} taken from E`,
@@ -743,7 +748,7 @@
       }
       if (run.fewest_pairs < FEW) {
         const few = run.fewest_pairs === 1 ? "one pair says" : `${run.fewest_pairs} pairs say`;
-        return [chip("Too few pairs to tell"), ` a role: ${few} nothing of the next; at least three of a factor are needed.${measured}`];
+        return [chip("Role unknown"), `: too few pairs to tell. ${sentence(few)} nothing of the next; at least three of a factor are needed.${measured}`];
       }
       if (run.factors.length === 1) return [chip("No role"), ` can be told of one factor alone: there is no other to be clear of.${measured}`];
       return [chip("No role"), `: nothing comes over with this layer clearly more than the rest, or than with an unrelated picture.${measured}`];
