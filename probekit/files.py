@@ -14,7 +14,6 @@ from typing import BinaryIO
 
 from probekit.hooks.errors import ProbekitError
 
-
 _NUMBERED = re.compile(r"\.[0-9a-f]{12,32}\.partial$")
 
 
