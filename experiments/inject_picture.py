@@ -231,13 +231,16 @@ class _Picture(Experiment):
     def inputs(self) -> dict[str, Any]:
         """The model's fingerprint, the layers and windows, and what options left open; with given pictures their files' too."""
         from probekit.models.given import read
+        from probekit.report.network import carry_text
 
         model = self.loaded
         digests = {}
         for side, (file, _) in self._pair.images.items():
             with naming(f"--image-{side} {file!r}", file):
                 _, digests[file] = read(file, model.diffusion.image_size)
-        told = {"picture_digests": digests} if digests else {}
+        told: dict[str, Any] = {"picture_digests": digests} if digests else {}
+        if carrying := carry_text(self.chosen):  # as the network is drawn by it
+            told["carry_text"] = carrying
         check_steps(model.pipeline, self.windows_by_label, self.num_steps)
         for asked in self.asked.values():
             self.rule(asked)  # refuses what cannot be asked

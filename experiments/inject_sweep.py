@@ -223,9 +223,13 @@ class InjectSweep(Experiment):
     def inputs(self) -> dict[str, Any]:
         """The model's fingerprint, the pairs, and what options left open: layers, windows, guidance, precision, descriptors.
 
+        Of two-stream transformers also which layers carry text, as the network is drawn by it.
+
         With given pictures also their files' fingerprints, how they are inverted, and the scheduler, where it is not the
         model's own.
         """
+        from probekit.report.network import carry_text
+
         # an input must not be called as an option is: a run's folder tells another config by either name
         pairs = [{key: value for key, value in asdict(pair).items() if value is not None} for pair in self.swept_pairs]
         of_images = self._of_images()
@@ -239,6 +243,7 @@ class InjectSweep(Experiment):
             "guidance_scale": self.guidance_scale,
             "precision": str(pipeline.dtype).removeprefix("torch."),
             "descriptors": [descriptor.name for descriptor in general_descriptors_of(self.loaded.name)],
+            **({"carry_text": carrying} if (carrying := carry_text(self.swept_layers)) else {}),
             **of_images,
         }
 

@@ -88,12 +88,13 @@
 
   /** A drawn network: tiles to choose from. `choose(names, {add, stream})` is called for every choice. */
   class Network {
-    constructor({ form, layers, shown, choose, clear, caption }) {
+    constructor({ form, layers, shown, choose, clear, caption, text = true }) {
       this.layers = layers;
       this.byName = new Map(layers.map((layer) => [layer.name, layer]));
       this.shown = new Set(shown);
       this.choose = choose;
       this.clear = clear;
+      this.text = text; // whether what is in the lane of the text can be chosen
       this.caption = caption;
       this.tiles = new Map();
       this.lanes = new Map();
@@ -271,7 +272,10 @@
         const textOnly = two && layer.streams.length === 1 && layer.streams[0] === "text";
         const cell = this.cell(layer, layer.short.replace("single block", "single"), panels, !this.shown.has(layer.name));
         const row = h("div", { class: "pi-row" }, cell);
-        if (two && layer.streams.includes("text") && !textOnly) {
+        if (two && layer.streams.includes("text") && !textOnly && !this.text) {
+          row.append(h("span", { class: "pi-joint", "aria-hidden": "true" }), h("span", { class: "pi-stop", "aria-hidden": "true" }));
+          carried = true;
+        } else if (two && layer.streams.includes("text") && !textOnly) {
           const image = picture();
           const lane = h(
             "button",
@@ -626,6 +630,7 @@
         form: run.form,
         layers: run.layers,
         shown: run.layers.map((layer) => layer.name),
+        text: false,
         choose: (names) => this.choose(names.at(-1)),
         clear: () => this.choose(null),
         caption: (layer, stream) => `O with ${stream ? `the ${stream} of ` : ""}${layer.short} taken from E`,
@@ -637,7 +642,7 @@
         h(
           "div",
           { class: `pi-bench${run.form !== "u" && run.layers.length <= 9 ? " pi-slim" : ""}` },
-          h("section", { "data-part": "network", class: "pi-network", "aria-label": "the network" }, this.network.root, legend(run.colours, [...run.factors, run.everything], "no frame: no role. Each picture is O with that layer taken from E.")),
+          h("section", { "data-part": "network", class: "pi-network", "aria-label": "the network" }, this.network.root, legend(run.colours, [...run.factors, run.everything, "mixed"], `no frame: ${run.one_pair ? "nothing came over" : "no role"}. Each picture is O with that layer taken from E.`)),
           this.detail,
         ),
         this.time,
@@ -730,16 +735,20 @@
       const when = this.window === "all" ? "" : ` at steps ${windowText(this.window)}`;
       const known = rows.filter((row) => row.transfer !== null);
       const came = listed(known.map((row) => `${percent(row.transfer)} of ${row.factor === "own" ? "what E differs in" : `the ${row.factor}`}`));
-      const measured = came ? ` Over all pairs, ${came} came over${when}.` : "";
+      const measured = came ? ` ${run.one_pair ? "Here" : "Over all pairs"}, ${came} came over${when}.` : "";
       const chip = (text, colour) => h("b", { class: "pi-chip", style: colour ? `--c:${colour}` : "" }, text);
       if (role === null) return [measured.trim()];
+      if (run.one_pair) {
+        const what = role === run.no_role ? ["Nothing", " came over"] : role === "mixed" ? ["A mixture", " came over"] : [sentence(role), " came over"];
+        return [chip(what[0], run.colours[role]), `${what[1]} with this layer in this one pair: too few pairs to tell a role.${measured}`];
+      }
       if (role === run.everything) return [chip("Everything", run.colours[role]), ` comes over with this layer: with it alone, O becomes E.${measured}`];
       if (role !== run.no_role) {
         return [chip(sentence(role), run.colours[role]), ` comes over with this layer, clearly more than the rest, and than with an unrelated picture.${measured}`];
       }
       if (run.fewest_pairs < FEW) {
         const few = run.fewest_pairs === 1 ? "one pair says" : `${run.fewest_pairs} pairs say`;
-        return [chip("Too few pairs to tell"), ` a role: ${few} nothing of the next; at least three of a factor are needed.${measured}`];
+        return [chip("Role unknown"), `: too few pairs to tell. ${sentence(few)} nothing of the next; at least three of a factor are needed.${measured}`];
       }
       if (run.factors.length === 1) return [chip("No role"), ` can be told of one factor alone: there is no other to be clear of.${measured}`];
       return [chip("No role"), `: nothing comes over with this layer clearly more than the rest, or than with an unrelated picture.${measured}`];
@@ -949,7 +958,9 @@
         this.buildSweep(),
         this.sweepSays,
         this.network.root,
-        this.model.factors && legend(this.model.colours, [...Object.keys(this.model.factors), "everything"]),
+        this.model.factors
+          ? legend(this.model.colours, [...Object.keys(this.model.factors), "everything", "mixed"], "no frame: nothing came over")
+          : h("p", { class: "pi-small" }, "The darker a swept layer's frame, the nearer its picture is to E, by LPIPS."),
         h("p", { class: "pi-small pi-keys" }, "Click a layer to take it from E; Shift adds one; dragging over a block takes all of it. Arrows move, Enter asks, Esc clears."),
       );
       const slim = this.model.form !== "u" && this.model.default_layers.length <= 9;
@@ -1402,12 +1413,13 @@
       this.showWords();
     }
 
+    /** A preview after so many steps. */
     showStep({ step, of, picture: url }) {
       const { R } = this.three.images;
-      if (url) { setPicture(R, url, `the picture after step ${step + 1} of ${of}`); R.classList.add("pi-preview"); R.classList.remove("pi-waiting"); }
+      if (url) { setPicture(R, url, `the picture after ${step} of ${of} steps`); R.classList.add("pi-preview"); R.classList.remove("pi-waiting"); }
       this.painted.max = of;
-      this.painted.value = step + 1;
-      this.status.textContent = `step ${step + 1} of ${of}`;
+      this.painted.value = step;
+      this.status.textContent = `step ${step} of ${of}`;
     }
 
     showReady() {
@@ -1549,7 +1561,8 @@
 
     async sweep() {
       if (this.sweeping) return;
-      const question = structuredClone(this.q);
+      // a stream and words are of the layers that are chosen; a sweep takes others
+      const question = { ...structuredClone(this.q), stream: null, words: null };
       const windows = this.byTime.checked ? 4 : 1;
       this.sweeping = new AbortController();
       this.alert.hidden = true;
@@ -1568,7 +1581,7 @@
         if (line.start) { if (this.pairOf(question) === this.pairOf(this.q)) this.showStart(line.start); this.sweepStart = line.start; }
         if (line.tile) {
           const { tile } = line;
-          this.put(question, tile.window, tile.layer, { picture: tile.picture, colour: tile.came === "nothing" || !tile.came ? null : tile.colour, says: tile.says });
+          this.put(question, tile.window, tile.layer, { picture: tile.picture, colour: tile.came === "nothing" ? null : tile.colour, says: tile.says });
           count += 1;
           this.progress.max = Math.max(expected, count);
           this.progress.value = count;

@@ -230,7 +230,7 @@ def _page(run: Run, summary: Summary, pictures: Sequence[given.MadeAgain], said:
 def seen(run: Run, summary: Summary) -> dict[str, Any]:
     """A sweep's run as the inspector shows it: its network, its pairs with their pictures, its numbers and its roles."""
     inputs, options, windows, layers = run.config["inputs"], run.config["options"], summary.windows, summary.layers
-    name = Path(options["model"]).name
+    name, carrying = Path(options["model"]).name, inputs.get("carry_text", ())
     pairs = []
     for pair in inputs["swept_pairs"]:
         told = {key: pair[key] for key in ("name", "factor", "original", "edit", "noise")}
@@ -241,8 +241,8 @@ def seen(run: Run, summary: Summary) -> dict[str, Any]:
     return {
         "title": f"{name}: {count}, {options['num_steps']} steps",
         "name": name,
-        "form": form_by_name(layers),
-        "layers": drawn_by_name(layers),
+        "form": form_by_name(layers, carrying),
+        "layers": drawn_by_name(layers, carrying),
         "windows": windows,
         "pairs": pairs,
         "factors": summary.factors,

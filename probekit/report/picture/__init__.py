@@ -234,8 +234,8 @@ def seen(run: Run, rows: pd.DataFrame) -> dict[str, Any]:
     return {
         "title": f"{options['model']}, each layer by itself",
         "name": options["model"],
-        "form": form_by_name(names),
-        "layers": drawn_by_name(names),
+        "form": form_by_name(names, inputs.get("carry_text", ())),
+        "layers": drawn_by_name(names, inputs.get("carry_text", ())),
         "windows": windows,
         "pairs": [pair | ends | {"pictures": pictures}],
         "factors": factors,
