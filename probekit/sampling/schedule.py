@@ -117,7 +117,7 @@ def straight(prediction: str, level: Level) -> tuple[float, float]:
     if prediction == "flow":
         return 1.0, noise
     if signal == 0:
-        raise ProbekitError("schedule: starts without signal, where no way of states is straight; another scheduler would do")
+        raise ProbekitError("schedule: starts without signal, where ways are not straight; another scheduler would do")
     return signal, noise / signal
 
 

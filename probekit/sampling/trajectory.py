@@ -56,18 +56,22 @@ class Walk:
         self.kept: dict[int, Tensor] = {}
 
     def predict(self, states: Tensor, step: int) -> Tensor:
+        """What the network says of states at a step."""
         return self.predict_at(states, self.schedule.timesteps[step])
 
     def predict_at(self, states: Tensor, timestep: float) -> Tensor:
+        """The same at any timestep."""
         self.calls += 1
         return self.denoiser(states, timestep).to(states.dtype)
 
     def at(self, state: int, states: Tensor) -> Tensor:
+        """The states themselves, which are kept if they were asked for."""
         if state in self.keep:
             self.kept[state] = states.cpu().to(self.result)
         return states
 
     def end(self, states: Tensor) -> Trajectory:
+        """The trajectory that ends there. Raises ProbekitError for values that are not finite."""
         # once for all steps: what is not finite stays so
         if not torch.isfinite(states).all():
             raise ProbekitError("denoiser: gives values that are not finite; half precision may be too little, use float32")
