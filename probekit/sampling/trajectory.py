@@ -224,8 +224,8 @@ class _Anderson:
 def invert_renoise(denoiser: Denoiser, start: States, schedule: Schedule, *, keep: Collection[int] = ()) -> Trajectory:
     """ReNoise (Garibi et al. 2024, algorithm 1): each step repeated as a fixed-point map, and predictions averaged.
 
-    As `renoise_inversion.py` of the authors does it with its defaults: at timesteps under 250 five predictions, all averaged, at
-    others ten, of which the last two are; what is averaged are the network's predictions, of whatever kind. Their steps
+    As `renoise_inversion.py` of the authors does it with its defaults: at timesteps under 250 five predictions, all averaged,
+    at others ten, of which the last two are; what is averaged are the network's predictions, of whatever kind. Their steps
     towards editability (regularisation) and exactness (noise that sampling adds) are left out. Five or ten calls a step.
     """
     walk = Walk(denoiser, start, schedule, keep)
