@@ -12,8 +12,8 @@ off by the scene reader. A line a method:
 - follows: of the edited pictures, how many show the new word. stays: of the other five attributes, how many are those of the
   scene. LPIPS: from the scene to the picture that was edited, as the autoencoder makes it.
 
-`no inversion` is the same without one: the new caption from noise. `flow-edit` edits without inverting. Methods for flows need a
-flow, such as mini-sd3.
+`no inversion` is the same without one: the new caption from noise. `flow-edit` edits without inverting. Methods for flows need
+a flow, such as mini-sd3.
 """
 
 from __future__ import annotations
