@@ -10,7 +10,7 @@ import typer
 
 from probekit.experiments.denoising import CHOICES, METHODS, Inverting, inversions, numbered
 from probekit.hooks.errors import ProbekitError
-from probekit.runs.experiment import Bench, Findings, Unit, Work
+from probekit.runs.experiment import Bench, Findings, Unit, Work, whole_numbers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +30,7 @@ class InvertInterpolate(Inverting):
     data: Annotated[str, typer.Option(help="Where the two images are from: avatars, celeba:PATH, folder:PATH.")] = "avatars"
     split: Annotated[str, typer.Option(help="Which of the data's images: train or test.")] = "test"
     pictures: Annotated[str, typer.Option(help="The two images' numbers in the split.")] = "0,1"
-    frames: Annotated[int, typer.Option(min=3, help="Pictures from the one to the other, both included.")] = 9
+    frames: Annotated[int, typer.Option(min=3, max=1000, help="Pictures from the one to the other, both included.")] = 9
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,8 +50,8 @@ class InvertInterpolate(Inverting):
     def images(self) -> Tensor:
         """The two images, (2, 3, h, w). Raises ProbekitError for other than two numbers of the split."""
         there = self.dataset.split(self.split)
-        numbers = [int(part) if part.strip().isdecimal() else -1 for part in self.pictures.split(",")]
-        if len(numbers) != 2 or not all(0 <= number < len(there) for number in numbers):
+        numbers = whole_numbers(self.pictures, "--pictures", f"two numbers from 0 to {len(there) - 1}, as 0,1")
+        if len(numbers) != 2 or not all(number < len(there) for number in numbers):
             raise ProbekitError(f"--pictures {self.pictures!r}: write two numbers from 0 to {len(there) - 1}, as 0,1")
         return self.dataset.images(there[numbers])
 

@@ -264,11 +264,8 @@ def test_one_injection_into_a_photograph_warns_that_mini_sd_knows_none(files: di
     asked = ["--image-original", "cat.jpg", "--prompt-original", "a cat", "--layers", "mid_block", "--num-steps", STEPS]
     done = probekit("inject", "image", *asked, "--prompt-edit", FISH, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    _, _, made, warning = done.stdout.strip().splitlines()
-    assert re.search(r"Made again: O at \d+\.\d dB of cat\.jpg", made)
-    assert "not cat.jpg but another picture" in warning and "autoencoder alone" in warning
-    original, edit, result = Image.open(tmp_path / "injected.png").size, 64, 64
-    assert original == (edit + result + 64, 64)
+    assert re.search(r"Made again: O at \d+\.\d dB of cat\.jpg", done.stdout)
+    assert "not cat.jpg but another picture" in done.stdout and "autoencoder alone" in done.stdout
 
 
 def test_a_script_is_given_the_activations_of_given_pictures(tiny_folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
@@ -276,9 +273,11 @@ def test_a_script_is_given_the_activations_of_given_pictures(tiny_folder: Path, 
     asked = ["--model", tiny_folder, "--layers", "up_blocks.1.attentions.2", "--num-steps", 2, "--inversion", "plain"]
     prompts = ["--prompt-original", FISH, "--prompt-edit", STAR]
     for flag in ("--image-original", "--image-edit"):
-        done = probekit("inject", "script", "mine.py", *asked, *prompts, flag, files["fish"], cwd=tmp_path)
+        told = [*asked, *prompts, flag, files["fish"], "--out", flag.strip("-")]
+        done = probekit("inject", "script", "mine.py", *told, cwd=tmp_path)
         assert done.returncode == 0 and "Made again: " in done.stdout, done.stderr
-        o, e, result = load_png(tmp_path / "injected.png").split(32, dim=2)
+        made = tmp_path / flag.strip("-") / "images" / "together"
+        o, e, result = (load_png(made / f"{name}.png") for name in ("O", "E", "result"))
         # from one start the last layer is everything
         assert (result - e).abs().max() < 0.02 < (result - o).abs().max()
 
