@@ -83,7 +83,9 @@ class _Picture(Experiment):
         str | None, typer.Option(help="Only inside: a grid of bits as 2x2:8, its rows from the top as hexadecimal digits.")
     ] = None
     apart: Annotated[bool, typer.Option("--apart", help="Each layer by itself, a picture a layer.")] = False
-    windows: Annotated[int | None, typer.Option(min=2, help="With --apart: also in so many equal parts of the steps.")] = None
+    windows: Annotated[int | None, typer.Option(min=2, max=100, help="With --apart: in so many parts of the steps, too.")] = (
+        None
+    )
     num_steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20
     guidance: Annotated[
         float | None,
@@ -101,8 +103,6 @@ class _Picture(Experiment):
         check_inversion(self.inversion, bool(self.image_original or self.image_edit))
         if self.windows is not None and not self.apart:
             raise ProbekitError(f"--windows {self.windows}: goes with --apart")
-        if self.words is not None and not self.words.split():
-            raise ProbekitError(f"--words {self.words!r}: names none of the caption's words")
         if self.mask is not None:
             read_mask(self.mask)
         _ = self.windows_by_label  # refuses steps and windows that are none
@@ -160,7 +160,12 @@ class _Picture(Experiment):
         """What O and E start from. Raises ProbekitError as `starts_of`."""
         from probekit.models import given
 
-        how = {"seed": self.seed, "steps": self.num_steps, "guidance": self.guidance_scale, "method": self.inversion}
+        how: dict[str, Any] = {
+            "seed": self.seed,
+            "steps": self.num_steps,
+            "guidance": self.guidance_scale,
+            "method": self.inversion,
+        }
         starts = starts_of(self.loaded, self._pair, **how)
         if self.noise_edit is None or self.image_edit is not None:
             return starts
@@ -226,13 +231,16 @@ class _Picture(Experiment):
     def inputs(self) -> dict[str, Any]:
         """The model's fingerprint, the layers and windows, and what options left open; with given pictures their files' too."""
         from probekit.models.given import read
+        from probekit.report.network import carry_text
 
         model = self.loaded
         digests = {}
         for side, (file, _) in self._pair.images.items():
             with naming(f"--image-{side} {file!r}", file):
                 _, digests[file] = read(file, model.diffusion.image_size)
-        told = {"picture_digests": digests} if digests else {}
+        told: dict[str, Any] = {"picture_digests": digests} if digests else {}
+        if carrying := carry_text(self.chosen):  # as the network is drawn by it
+            told["carry_text"] = carrying
         check_steps(model.pipeline, self.windows_by_label, self.num_steps)
         for asked in self.asked.values():
             self.rule(asked)  # refuses what cannot be asked
@@ -274,7 +282,7 @@ class _Picture(Experiment):
         asked = self.asked[unit]
         image = self.swap(self.rule(asked), on_step)
         o, e = self.swap.original, self.swap.edit
-        of = {"window": asked.window, "layer": asked.layers[0] if self.apart else TOGETHER}
+        of: dict[str, Any] = {"window": asked.window, "layer": asked.layers[0] if self.apart else TOGETHER}
         of |= self._starts.errors({"original": o, "edit": e})
         rows = [of | row for row in (*self._read(image), *self._measured(image))]
         return Work(rows, {"O": o, "E": e, "result": image})
@@ -390,27 +398,20 @@ class InjectScript(_Picture):
     def inputs(self) -> dict[str, Any]:
         """As of `inject image`, and the file's fingerprint."""
         operation = self._operation()  # refuses a file that is none
-        digest = hashlib.sha256(Path(self.file).read_bytes()).hexdigest()[:12]
+        digest = hashlib.sha256(self.file.read_bytes()).hexdigest()[:12]
         return {"script_digest": digest, "operation": getattr(operation, "__name__", "operation")} | super().inputs()
 
     def _operation(self) -> hooks.Operation:
         """The file's function. Raises ProbekitError where the file or its function fails."""
-        import runpy
+        from probekit import own_code
 
-        file = str(self.file)
-        try:
-            operation = runpy.run_path(file).get("operation")
-        except OSError as error:
-            raise ProbekitError(f"script {file!r}: cannot be read ({error.strerror})") from error
-        except Exception as error:
-            raise ProbekitError(f"script {file!r}: {type(error).__name__}: {error}") from error
+        said = f"script {str(self.file)!r}"
+        operation = own_code.run(said, self.file).get("operation")
         if not callable(operation):
-            raise ProbekitError(f"script {file!r}: must define operation(target, source, context) -> tensor")
+            raise ProbekitError(f"{said}: must define operation(target, source, context) -> tensor")
 
-        def guarded(target: Tensor, source: Tensor, context: hooks.Context) -> Tensor:
-            try:
+        def called(target: Tensor, source: Tensor, context: hooks.Context) -> Tensor:
+            with own_code.called(f"{said} at {context.layer}"):
                 return operation(target, source, context)
-            except Exception as error:
-                raise ProbekitError(f"script {file!r} at {context.layer}: {type(error).__name__}: {error}") from error
 
-        return guarded
+        return called

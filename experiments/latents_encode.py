@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from probekit import checked
 from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Options
 
@@ -26,6 +27,11 @@ class LatentsEncode(Options):
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto"
     out: Annotated[Path | None, typer.Option(help="The folder to write to. [default: runs/latents/…]")] = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.out is not None:
+            checked.folder_to_write(f"--out {str(self.out)!r}", self.out)
+
     def run(self) -> str:
         """Encode what is not yet; returns what was done. Raises ProbekitError for what cannot be, and as `LatentStore`."""
         import numpy as np
@@ -43,6 +49,8 @@ class LatentsEncode(Options):
         index = dataset.split(self.split)
         if self.n is not None and self.n > len(index):
             raise ProbekitError(f"--n {self.n}: the {self.split} split of {dataset.name} has {len(index)} images")
+        if space.takes == "captions":
+            dataset.captions(index[: self.n])  # refuses those that are missing before a folder is made
         folder = self.out or default_folder(space, dataset, self.seed)
         store = LatentStore(folder, space, dataset, seed=self.seed)
         wanted = index[: self.n]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from probekit.hooks.errors import ProbekitError
-
 
 _NUMBERED = re.compile(r"\.[0-9a-f]{12,32}\.partial$")
 
@@ -71,8 +71,19 @@ def remove(path: Path) -> None:
 
 
 def file_name(label: str) -> str:
-    """The label with everything but letters, digits, `-` and `.` made `_`: what units and folders are called on the disk."""
-    return "".join(c if c.isalnum() or c in "-." else "_" for c in label)
+    """The label with everything but letters, digits, `-` and `.` made `_`: what units and folders are called on the disk.
+
+    A long one is cut, with a hash of the whole at its end: a file's name has at most 255 bytes, and endings are added.
+    """
+    name = "".join(c if c.isalnum() or c in "-." else "_" for c in label)
+    if len(name.encode()) <= _LONGEST:
+        return name
+    whole = hashlib.sha256(label.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{name.encode()[: _LONGEST - 13].decode(errors='ignore')}-{whole}"
+
+
+_LONGEST = 160
+"""Bytes of a name that something is added to."""
 
 
 @contextlib.contextmanager

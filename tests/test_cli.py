@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ from probekit.models import load
 from probekit.models.painter import Painter
 from tests.conftest import killed, probekit, process, refused
 
+MARKUP = "a red fish at the right</script><b>"
+
 
 @pytest.fixture(scope="session")
 def tiny_folder(tiny_sd: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -36,7 +39,7 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file.write_text(
         "- {original: a red fish, edit: a red star, factor: content}\n"
         "- {original: a blue ring, edit: a blue tree, factor: content, noise: 7}\n"
-        "- {original: a red fish at the left, edit: a red fish at the right, factor: structure, unrelated: a moon}\n"
+        f"- {{original: a red fish at the left, edit: '{MARKUP}', factor: structure, unrelated: a moon}}\n"
     )
     return file
 
@@ -73,6 +76,11 @@ def test_a_sweep_of_ones_own_pairs_from_start_to_report(tiny_folder: Path, pairs
         "mid_block" in page and """Content-Security-Policy" content="default-src 'none'; img-src data: blob:; style""" in page
     )
     assert not re.search(r'(src|href)="(?!data:|#|\$)|url\((?!#)|@import', page)
+    # without the attribute `live`, and with all pictures there, the element asks no server; prompts are no markup
+    (data,) = re.findall(r'<probekit-inspector><script type="application/json">(.*?)</script>', page)
+    (seen,) = json.loads(data)["runs"]
+    assert seen["lazy"] is None and seen["pairs"][2]["edit"] == MARKUP and MARKUP not in page
+    assert all(set(pair["pictures"]["all"]) == set(rows.layer) for pair in seen["pairs"])
     assert sorted(p.name for p in (out / "figures").iterdir()) == ["layers.png", "layers.svg", "roles.png", "roles.svg"]
 
     kept = {p: p.read_bytes() for p in out.rglob("*.parquet")}
@@ -374,7 +382,7 @@ def test_values_that_typer_would_refuse_are_refused_from_python_too(options: dic
     ("options", "said"),
     [
         ({"layers": []}, "--layers: name at least one"),
-        ({"words": " "}, "--words ' ': names none"),
+        ({"words": " "}, "--words ' ': is empty"),
         ({"mask": "2x2:88"}, "--mask '2x2:88': write height x width"),
         ({"mask": "2x2:0"}, "nothing lies inside it"),
         ({"windows": 2}, "--windows 2: goes with --apart"),

@@ -97,7 +97,7 @@ def image(folder: Path, name: str, unit: str = "together") -> torch.Tensor:
 
 
 def test_a_picture_with_its_report_is_shown_again(tmp_path: Path) -> None:
-    asked = ["inject", "image", *CAPTIONS, "--layers", "up_blocks.2.*", "--operation", "bypass", "--steps", "1"]
+    asked = ["inject", "image", *CAPTIONS, "--layers", "up_blocks.2.*.attn2", "--operation", "bypass", "--steps", "1"]
     done = probekit(*asked, "--out", tmp_path / "run")
     assert done.returncode == 0 and "what the scene reader reads" in done.stdout, done.stderr
     page = (tmp_path / "run" / "report.html").read_text()
@@ -170,7 +170,7 @@ def test_bad_questions_are_one_line(tmp_path: Path) -> None:
     asked = ["inject", "image", *CAPTIONS, "--out", tmp_path / "run"]
     for more, said in [
         (["--layers", "mid_block", "--words", "zebra"], "--words 'zebra': --prompt-edit has the words a large red"),
-        (["--layers", "mid_block", "--words", " "], "--words ' ': names none"),
+        (["--layers", "mid_block", "--words", " "], "--words ' ': is empty"),
         (["--layers", "mid_block", "--mask", "16x16:ff"], "--mask '16x16:ff'"),
         (["--layers", "mid_block", "--noise", "-1"], "--noise"),
         (["--layers", "mid_block", "--stream", "text"], "stream 'text' of layer mid_block"),

@@ -135,7 +135,6 @@ def test_a_preview_finds_a_linear_map() -> None:
         ({"layers": [LAYER], "words": "zebra"}, "--words 'zebra'"),
         ({"layers": [LAYER], "stream": "text"}, "stream 'text'"),
         ({"layers": [LAYER], "num_steps": "many"}, "--num-steps 'many': a whole number is needed"),
-        ({"layers": [LAYER], "guidance": 0.5}, "guid"),
         ({"layers": [LAYER], "mask": "1x1:0"}, "nothing lies inside"),
         ({"layers": [LAYER], "image_edit": "unknown"}, "this picture is not here"),
         ({"layers": [5]}, "--layers 5: text is needed"),
@@ -238,6 +237,18 @@ def test_a_sweep_stopped_half_way_is_kept_and_its_command_goes_on(
     assert answer(desk, layers=[tiles[2]["layer"]])["picture"] == tiles[2]["picture"]
 
 
+def test_a_sweep_by_time_tells_of_every_window_and_layer(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = ["mid_block.resnets.0", "up_blocks.2.attentions.1"]
+    monkeypatch.setitem(desk.__dict__, "_default_layers", layers)
+    events = list(desk.sweep("a", question(desk, operation="blend", weight=0.9), 2))
+    tiles = [event["tile"] for event in events if "tile" in event]
+    windows = ["all", "0%-50%", "50%-100%"]
+    assert [(tile["window"], tile["layer"]) for tile in tiles] == [(w, layer) for w in windows for layer in layers]
+    assert "--apart" in events[-1]["done"]["command"] and "--windows 2" in events[-1]["done"]["command"]
+    (*_, refused) = desk.sweep("a", question(desk, steps="1"), 2)  # parts of steps are told in percents
+    assert "percents" in refused["error"]
+
+
 def test_an_answer_saved_as_a_run_is_described(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     told = answer(desk, layers=[LAYER], steps="1")
@@ -252,10 +263,15 @@ def test_an_answer_saved_as_a_run_is_described(desk: Desk, tmp_path: Path, monke
 @pytest.mark.slow
 def test_ray_sweeps_to_the_same_pictures_and_is_stopped(tmp_path: Path, desk: Desk) -> None:
     by_ray = Desk(load("mini-sd", device="cpu"), tmp_path, engine="ray")
-    here = [event["tile"] for event in desk.sweep("a", question(desk)) if "tile" in event]
-    there = [event["tile"] for event in by_ray.sweep("a", question(by_ray)) if "tile" in event]
-    by_layer = {tile["layer"]: tile["picture"] for tile in there}
-    assert {tile["layer"]: tile["picture"] for tile in here} == by_layer
+    made = []
+    for asked in (desk, by_ray):
+        tiles = [event["tile"] for event in asked.sweep("a", question(asked)) if "tile" in event]
+        pictures = {tile["layer"]: Image.open(io.BytesIO(pixels(tile["picture"]))) for tile in tiles}
+        made.append({layer: torch.tensor(list(picture.getdata())).int() for layer, picture in pictures.items()})
+    assert made[0].keys() == made[1].keys() == set(desk.about["default_layers"])
+    # a worker may have another number of threads, which rounds otherwise
+    assert all((made[0][layer] - made[1][layer]).abs().max() <= 1 for layer in made[0])
+    assert any(not torch.equal(made[0][layer], made[0]["mid_block.resnets.0"]) for layer in made[0])
     by_ray.close()
 
 
@@ -345,7 +361,7 @@ def test_pictures_that_are_given_are_inverted(opened: Inspector, desk: Desk) -> 
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     pair = {"prompt_original": "a red fish", "prompt_edit": "a blue star", "num_steps": 2}
-    InjectImage(**pair, layers=["@mid"], apart=True).run(out=folder / "apart")
+    InjectImage(**pair, layers=["mid_block.*"], apart=True).run(out=folder / "apart")
     InjectImage(**pair, layers=["@mid"]).run(out=folder / "together")
     done = probekit("inject", "sweep", "--pairs", 1, "--factors", "content", "--num-steps", 2, "--out", folder / "sweep")
     assert done.returncode == 0, done.stderr
@@ -388,9 +404,11 @@ def test_it_ends_with_its_temporary_files(finished: dict[str, Path], tmp_path: P
     assert not [*tmp_path.glob("probekit-inspect-*")]
 
 
-def test_in_a_notebook_it_shows_itself(opened: Inspector) -> None:
+def test_in_a_notebook_they_show_themselves(opened: Inspector, finished: dict[str, Path]) -> None:
     assert f'<iframe src="{opened.url}"' in opened._repr_html_()
     model = load("mini-sd", device="cpu")
+    run = Run.opened(finished["sweep"])
+    assert run._repr_html_().count("<svg") == 2 and "inject sweep" in run._repr_html_()
     assert "mid_block.attentions.0" in model.layers._repr_html_()
     original, edit = ("a red fish", 0), ("a blue star", 0)
     assert model.sweep(original, edit, [[], []], num_inference_steps=1)._repr_html_().count("<img") == 3

@@ -304,7 +304,12 @@ def test_first_best_and_when_are_told() -> None:
     (told,) = known(planted()).itertuples()
     assert (told.best, told.t, told.value, told.first, told.since) == ("b", 100.0, 1.0, "b", 800.0)
     assert (told.pixels, told.input, told.untrained) == (0.3, 0.25, 0.97)
-    assert headline(known(planted()), "with") == ("Known best, told the caption: kind by b at t = 100 (1.00, untrained 0.97).")
+    assert headline(known(planted()), "with") == (
+        "Known best, told the caption: kind by b at t = 100 (1.00, untrained 0.97; 1 other cannot be told from it)."
+    )
+    apart = planted()
+    apart.loc[apart.layer == "c", "high"] -= 0.1
+    assert headline(known(apart), "with").endswith("(1.00, untrained 0.97).")
 
 
 def test_a_layer_knows_above_its_untrained_self_and_carries_above_the_null() -> None:
@@ -324,8 +329,8 @@ def test_a_layer_knows_above_its_untrained_self_and_carries_above_the_null() -> 
     assert b.knows == pytest.approx((0.85 - 0.2) / 0.8) and b.knows_low == pytest.approx((0.8 - 0.2) / 0.8)
     assert b.untrained == pytest.approx(0) and b.carries == pytest.approx(0.4)
     assert knows_against_carries(judged, swept, "with") == (
-        "Knows against carries, told the caption, at all steps: content is known and not carried by b, carried and not known "
-        "by c, both by a."
+        "Knows against carries, told the caption, at all steps: content is known and not shown to be carried by b, carried "
+        "and not shown to be known by c, both by a."
     )
     for record in numbers:
         record["low"] = 0.1

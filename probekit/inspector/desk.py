@@ -54,6 +54,8 @@ _KEYS = {field.name for field in dataclasses.fields(InjectImage)} - {
 }
 """The keys of a question: the options of `inject image`."""
 
+_SIDES = ("image_original", "image_edit")
+
 _OF_LAYERS = ("layers", "stream", "operation", "weight", "steps", "words", "mask", "apart", "windows")
 """Those of them in which questions of one pair may differ."""
 
@@ -117,7 +119,7 @@ class Desk:
     def first(self) -> dict[str, Any]:
         """The question that a page starts with: two captions, no layer."""
         scenes = self.model.name in PIPELINES
-        original, edit = _SCENES if scenes else _PHOTOGRAPHS
+        original, edit = SCENES if scenes else PHOTOGRAPHS
         known = {field.name: field.default for field in dataclasses.fields(InjectImage) if field.name in _KEYS}
         guidance = self._painter.defaults.get("guidance_scale")
         return known | {
@@ -153,7 +155,7 @@ class Desk:
         if odd := sorted(set(map(str, told)) - _KEYS):
             raise ProbekitError(f"question: unknown key {odd[0]!r}; known: {', '.join(sorted(_KEYS))}")
         asked = self.first | told | more
-        for side in ("image_original", "image_edit"):
+        for side in _SIDES:
             if (ident := asked[side]) is not None:
                 if ident not in self._given:
                     raise ProbekitError(f"{side} {str(ident)[:60]!r}: this picture is not here; give it again")
@@ -407,7 +409,10 @@ class Desk:
         return run.folder
 
     def _copies(self, made: InjectImage) -> dict[str, str]:
-        return {"command": shlex.join(made.command), "python": _python(made)}
+        """What gives the same picture elsewhere; pictures that were given are called as they were where they came from."""
+        given = {side: file and Path(file.name) for side in _SIDES if (file := getattr(made, side)) is not None}
+        named = dataclasses.replace(made, **given)
+        return {"command": shlex.join(named.command), "python": _python(made, named)}
 
     def _caption(self, made: InjectImage) -> str:
         """A line to go below a saved picture."""
@@ -420,18 +425,21 @@ class Desk:
         return f"{self.model.name}: O “{made.prompt_original}” with {where} {told}{when}{only}; E “{made.prompt_edit}”"
 
 
-_SCENES = (
+SCENES = (
     "a small white moon at the right on a dotted green ground",
     "a large red fish at the top left on a striped purple ground",
 )
-_PHOTOGRAPHS = ("a photograph of a cat on a sofa", "a painting of a dog in a forest")
+PHOTOGRAPHS = ("a photograph of a cat on a sofa", "a painting of a dog in a forest")
 
 
-def _python(made: InjectImage) -> str:
-    """A script that gives the same picture, `picture`; of a sweep, and of pictures that are given, the same run."""
+def _python(made: InjectImage, named: InjectImage) -> str:
+    """A script that gives the same picture, `picture`; of a sweep, and of pictures that are given, the same run.
+
+    named: the same question, with the names of given pictures.
+    """
     if made.apart or made.image_original or made.image_edit:
-        defaults = {field.name: field.default for field in dataclasses.fields(made)}
-        chosen = {key: value for key, value in made.options.items() if value != defaults[key]}
+        defaults = {field.name: field.default for field in dataclasses.fields(named)}
+        chosen = {key: value for key, value in named.options.items() if value != defaults[key]}
         arguments = "".join(f"    {key}={value!r},\n" for key, value in chosen.items())
         return f"from probekit.experiments import InjectImage\n\nfindings = InjectImage(\n{arguments}).run()\n"
     edit = made.noise if made.noise_edit is None else made.noise_edit

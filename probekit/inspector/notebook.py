@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from probekit.inspector.server import Inspector, open_inspector
 from probekit.models import Model, load
@@ -18,7 +19,7 @@ def inspect(*subjects: Model | str | Path) -> Inspector:
     return open_inspector(model, runs)
 
 
-def chosen(subjects: tuple[Model | str | Path, ...], **loading: str) -> tuple[Model | None, list[Path]]:
+def chosen(subjects: tuple[Model | str | Path, ...], **loading: Any) -> tuple[Model | None, list[Path]]:
     """The model among the subjects, loaded, and the runs. Raises ProbekitError for two models."""
     from probekit.hooks.errors import ProbekitError
 

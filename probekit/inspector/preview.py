@@ -44,7 +44,7 @@ class Preview:
         """Learn from pictures and the latents that they were decoded from. Latents that are no grids of pixels are left."""
         if latents.ndim != 4:
             return
-        small = F.adaptive_avg_pool2d(images.float().cpu(), latents.shape[-2:])
+        small = F.adaptive_avg_pool2d(images.float().cpu(), (latents.shape[-2], latents.shape[-1]))
         known, wanted = _cells(latents), small.permute(0, 2, 3, 1).reshape(-1, 3)
         self._map = torch.linalg.lstsq(known, wanted).solution
 

@@ -27,6 +27,7 @@ def style() -> dict[str, Any]:
         "text.color": "#26251f",
         "axes.labelcolor": "#26251f",
         "svg.fonttype": "path",
+        "text.parse_math": False,  # labels, layers and files are called what they are called
         "svg.hashsalt": "probekit",
     }
 

@@ -6,6 +6,7 @@
 
   const DEBOUNCE = 150; // ms from a change of the question to asking it
   const GRID = 16; // cells of a mask, each way
+  const MANY = 24; // layers of a stack from which on they are drawn small
   const FEW = 3; // pairs of a factor below which no role can be told
 
   // --- small things ----------------------------------------------------------------------------------------------------
@@ -30,7 +31,9 @@
     return element;
   }
 
-  const percent = (x) => `${Math.round(100 * x)} %`;
+  const percent = (x) => `${Math.round(100 * x)}\u00a0%`;
+  /** A window of the steps as text: 25%-50% becomes 25–50 %. */
+  const windowText = (window) => (window.includes("%") ? `${window.replaceAll("%", "").replace("-", "–")}\u00a0%` : window);
   const number = (x) => (x === null || x === undefined ? "–" : x.toFixed(2));
   const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
   const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
@@ -85,12 +88,13 @@
 
   /** A drawn network: tiles to choose from. `choose(names, {add, stream})` is called for every choice. */
   class Network {
-    constructor({ form, layers, shown, choose, clear, caption }) {
+    constructor({ form, layers, shown, choose, clear, caption, text = true }) {
       this.layers = layers;
       this.byName = new Map(layers.map((layer) => [layer.name, layer]));
       this.shown = new Set(shown);
       this.choose = choose;
       this.clear = clear;
+      this.text = text; // whether what is in the lane of the text can be chosen
       this.caption = caption;
       this.tiles = new Map();
       this.lanes = new Map();
@@ -226,7 +230,8 @@
         }
         block.append(head);
       }
-      block.append(h("div", { class: "pi-tiles" }, tiles), panels);
+      const columns = tiles.length > 4 ? Math.ceil(tiles.length / 2) : tiles.length;
+      block.append(h("div", { class: "pi-tiles", style: `--columns:${columns}` }, tiles), panels);
       return block;
     }
 
@@ -265,9 +270,12 @@
       const cells = layers.map((layer) => {
         const panels = h("div", { class: "pi-panels" });
         const textOnly = two && layer.streams.length === 1 && layer.streams[0] === "text";
-        const cell = this.cell(layer, layer.short, panels, !this.shown.has(layer.name));
+        const cell = this.cell(layer, layer.short.replace("single block", "single"), panels, !this.shown.has(layer.name));
         const row = h("div", { class: "pi-row" }, cell);
-        if (two && layer.streams.includes("text") && !textOnly) {
+        if (two && layer.streams.includes("text") && !textOnly && !this.text) {
+          row.append(h("span", { class: "pi-joint", "aria-hidden": "true" }), h("span", { class: "pi-stop", "aria-hidden": "true" }));
+          carried = true;
+        } else if (two && layer.streams.includes("text") && !textOnly) {
           const image = picture();
           const lane = h(
             "button",
@@ -294,11 +302,12 @@
         const kind = `pi-block${this.shown.has(layer.name) ? "" : " pi-end"}${carried ? " pi-carries" : ""}`;
         return h("div", { class: kind, "data-block": layer.name }, row, panels);
       });
-      const body = h("div", { class: "pi-body pi-stack" });
+      const many = cells.length > MANY;
+      const body = h("div", { class: `pi-body pi-stack${many ? " pi-many" : ""}` });
       let columns = 0;
       const arrange = () => {
-        const fit = Math.max(1, Math.floor(body.clientWidth / (two ? 230 : 130)));
-        const wanted = Math.max(1, Math.min(fit, 5, Math.ceil(cells.length / 9)));
+        const fit = Math.max(1, Math.floor(body.clientWidth / ((two ? 210 : 110) * (many ? 0.75 : 1))));
+        const wanted = Math.max(1, Math.min(fit, Math.ceil((cells.length - 2) / 10)));
         if (wanted === columns) return;
         columns = wanted;
         const each = Math.ceil(cells.length / columns);
@@ -525,11 +534,11 @@
       h(
         "tr",
         null,
-        h("th", { scope: "row" }, window.replaceAll("%", "").replace("-", "–") + (window.includes("%") ? " %" : "")),
+        h("th", { scope: "row" }, windowText(window)),
         layers.map((layer) => {
           const told = of(window, layer.name) || {};
           const image = picture();
-          setPicture(image, told.picture, `O with ${layer.short} taken from E at steps ${window}`);
+          setPicture(image, told.picture, `O with ${layer.short} taken from E at steps ${windowText(window)}`);
           return h(
             "td",
             null,
@@ -539,8 +548,8 @@
                 type: "button",
                 class: `pi-mini${told.colour ? " pi-role" : ""}`,
                 style: told.colour ? `--c:${told.colour}` : "",
-                title: `${layer.name} at steps ${window}${told.says ? `: ${told.says}` : ""}`,
-                "aria-label": `${layer.short} at steps ${window}`,
+                title: `${layer.name} at steps ${windowText(window)}${told.says ? `: ${told.says}` : ""}`,
+                "aria-label": `${layer.short} at steps ${windowText(window)}`,
                 "aria-pressed": String(chosen(window, layer.name)),
                 "data-map": layer.name,
                 "data-window": window,
@@ -596,7 +605,7 @@
       this.windowSelect = h(
         "select",
         { onchange: () => { this.window = this.windowSelect.value; this.show(); } },
-        run.windows.map((window) => h("option", { value: window }, window === "all" ? "all steps" : window)),
+        run.windows.map((window) => h("option", { value: window }, window === "all" ? "all steps" : `steps ${windowText(window)}`)),
       );
       this.ends = Object.fromEntries(
         ["O", "E"].map((end) => {
@@ -613,7 +622,7 @@
           { class: "pi-controls" },
           h("label", null, "pair ", this.pairSelect),
           run.windows.length > 1 && h("label", null, "injected at ", this.windowSelect),
-          this.ask && h("button", { type: "button", class: "pi-quiet", onclick: () => this.ask(this.run, this.run.pairs[this.pair]) }, "ask further about this pair"),
+          this.ask && (this.further = h("button", { type: "button", class: "pi-quiet", onclick: () => this.ask(this.run, this.run.pairs[this.pair]) }, "ask further about this pair")),
         ),
         h("div", { class: "pi-ends" }, this.ends.O.root, this.ends.E.root),
       );
@@ -621,6 +630,7 @@
         form: run.form,
         layers: run.layers,
         shown: run.layers.map((layer) => layer.name),
+        text: false,
         choose: (names) => this.choose(names.at(-1)),
         clear: () => this.choose(null),
         caption: (layer, stream) => `O with ${stream ? `the ${stream} of ` : ""}${layer.short} taken from E`,
@@ -632,12 +642,21 @@
         h(
           "div",
           { class: `pi-bench${run.form !== "u" && run.layers.length <= 9 ? " pi-slim" : ""}` },
-          h("section", { "data-part": "network", class: "pi-network", "aria-label": "the network" }, this.network.root, legend(run.colours, [...run.factors, run.everything, run.no_role], "each picture: O with that layer taken from E")),
+          h("section", { "data-part": "network", class: "pi-network", "aria-label": "the network" }, this.network.root, legend(run.colours, [...run.factors, run.everything, "mixed"], `no frame: ${run.one_pair ? "nothing came over" : "no role"}. Each picture is O with that layer taken from E.`)),
           this.detail,
         ),
         this.time,
       );
+      this.chosen ??= this.strongest();
       this.show();
+    }
+
+    /** The layer with which most of a factor came over, of those that have a role; else one to begin with. */
+    strongest() {
+      const { run, window } = this;
+      const of = (name) => (run.numbers?.[window]?.[name] || []).find((row) => row.factor === this.role(window, name))?.transfer ?? -1;
+      const best = run.layers.map((layer) => layer.name).reduce((a, b) => (a !== null && of(a) >= of(b) ? a : b), null);
+      return best !== null && of(best) >= 0 ? best : run.layers[run.layers.length >> 1].name;
     }
 
     choose(name) {
@@ -670,6 +689,7 @@
         const role = this.role(window, name);
         return { picture: pair.pictures?.[window]?.[name], says: role || "", colour: role && role !== run.no_role ? run.colours[role] : null };
       };
+      if (this.further) this.further.hidden = !!pair.given; // its pictures are files that the page does not have
       this.network.show((name, stream) => (stream ? null : told(this.window, name)));
       this.network.mark(this.chosen ? [this.chosen] : []);
       this.detail.replaceChildren(...this.details(pair));
@@ -712,19 +732,23 @@
     /** The role of the chosen layer in words. */
     says(role, rows) {
       const { run } = this;
-      const when = this.window === "all" ? "" : ` at steps ${this.window}`;
+      const when = this.window === "all" ? "" : ` at steps ${windowText(this.window)}`;
       const known = rows.filter((row) => row.transfer !== null);
       const came = listed(known.map((row) => `${percent(row.transfer)} of ${row.factor === "own" ? "what E differs in" : `the ${row.factor}`}`));
-      const measured = came ? ` Over all pairs, ${came} came over${when}.` : "";
+      const measured = came ? ` ${run.one_pair ? "Here" : "Over all pairs"}, ${came} came over${when}.` : "";
       const chip = (text, colour) => h("b", { class: "pi-chip", style: colour ? `--c:${colour}` : "" }, text);
       if (role === null) return [measured.trim()];
+      if (run.one_pair) {
+        const what = role === run.no_role ? ["Nothing", " came over"] : role === "mixed" ? ["A mixture", " came over"] : [sentence(role), " came over"];
+        return [chip(what[0], run.colours[role]), `${what[1]} with this layer in this one pair: too few pairs to tell a role.${measured}`];
+      }
       if (role === run.everything) return [chip("Everything", run.colours[role]), ` comes over with this layer: with it alone, O becomes E.${measured}`];
       if (role !== run.no_role) {
         return [chip(sentence(role), run.colours[role]), ` comes over with this layer, clearly more than the rest, and than with an unrelated picture.${measured}`];
       }
       if (run.fewest_pairs < FEW) {
         const few = run.fewest_pairs === 1 ? "one pair says" : `${run.fewest_pairs} pairs say`;
-        return [chip("Too few pairs to tell"), ` a role: ${few} nothing of the next; at least three of a factor are needed.${measured}`];
+        return [chip("Role unknown"), `: too few pairs to tell. ${sentence(few)} nothing of the next; at least three of a factor are needed.${measured}`];
       }
       if (run.factors.length === 1) return [chip("No role"), ` can be told of one factor alone: there is no other to be clear of.${measured}`];
       return [chip("No role"), `: nothing comes over with this layer clearly more than the rest, or than with an unrelated picture.${measured}`];
@@ -934,7 +958,9 @@
         this.buildSweep(),
         this.sweepSays,
         this.network.root,
-        legend(this.model.colours, [...Object.keys(this.model.factors || {}), "everything"]),
+        this.model.factors
+          ? legend(this.model.colours, [...Object.keys(this.model.factors), "everything", "mixed"], "no frame: nothing came over")
+          : h("p", { class: "pi-small" }, "The darker a swept layer's frame, the nearer its picture is to E, by LPIPS."),
         h("p", { class: "pi-small pi-keys" }, "Click a layer to take it from E; Shift adds one; dragging over a block takes all of it. Arrows move, Enter asks, Esc clears."),
       );
       const slim = this.model.form !== "u" && this.model.default_layers.length <= 9;
@@ -1047,7 +1073,7 @@
       this.three.images.R.setAttribute("data-answer", "");
       this.asked = h("p", { class: "pi-asked" });
       this.status = h("p", { class: "pi-status", role: "status" });
-      this.painted = h("progress", { class: "pi-painted", hidden: true, max: 1, value: 0, "aria-label": "steps made" });
+      this.painted = h("progress", { class: "pi-painted", max: 1, value: 0, "aria-label": "steps made" });
       this.says = h("p", { class: "pi-says", "aria-live": "polite" });
       this.numbersAt = h("div");
       const action = (name, run) => h("button", { type: "button", onclick: run }, name);
@@ -1061,7 +1087,7 @@
         action("save as run", () => this.saveRun()),
       );
       this.kept = h("span", { class: "pi-small", role: "status" });
-      return h(
+      this.answerRoot = h(
         "section",
         { "data-part": "answer", class: "pi-answer", "aria-label": "the answer" },
         this.asked,
@@ -1073,6 +1099,7 @@
         this.actions,
         this.kept,
       );
+      return this.answerRoot;
     }
 
     buildHow() {
@@ -1345,8 +1372,7 @@
       R.removeAttribute("data-id");
       R.classList.add("pi-waiting");
       this.status.textContent = question.layers.length ? "asking …" : "making O and E …";
-      this.says.textContent = "";
-      this.numbersAt.replaceChildren();
+      this.answerRoot.classList.add("pi-busy");
       let ended = false;
       for await (const line of this.stream("ask", { tab: this.tab, question }, this.asking.signal)) {
         if (turn !== this.turn) return;
@@ -1355,14 +1381,23 @@
         if (line.step !== undefined) this.showStep(line);
         if (line.answer) { ended = true; this.keep({ question, answer: line.answer }); this.fill(question, line.answer); }
         if (line.ready) { ended = true; this.showReady(); }
-        if (line.error) { ended = true; this.fail(line.error); this.idle(""); }
+        if (line.error) { ended = true; this.fail(line.error); this.showNothing(); }
         if (line.replaced) { ended = true; this.idle(""); }
       }
-      if (!ended && turn === this.turn) { this.fail("The answer broke off: is probekit inspect still running?"); this.idle(""); }
+      if (!ended && turn === this.turn) { this.fail("The answer broke off: is probekit inspect still running?"); this.showNothing(); }
+    }
+
+    /** No answer came: what is seen is none of this question. */
+    showNothing() {
+      setPicture(this.three.images.R, null);
+      this.says.textContent = "";
+      this.numbersAt.replaceChildren();
+      this.idle("");
     }
 
     idle(says) {
-      this.painted.hidden = true;
+      this.answerRoot.classList.remove("pi-busy");
+      this.painted.value = 0;
       this.status.textContent = says;
       this.three.images.R.classList.remove("pi-waiting", "pi-preview");
     }
@@ -1378,17 +1413,17 @@
       this.showWords();
     }
 
+    /** A preview after so many steps. */
     showStep({ step, of, picture: url }) {
       const { R } = this.three.images;
-      if (url) { setPicture(R, url, `the picture after step ${step + 1} of ${of}`); R.classList.add("pi-preview"); R.classList.remove("pi-waiting"); }
-      this.painted.hidden = false;
+      if (url) { setPicture(R, url, `the picture after ${step} of ${of} steps`); R.classList.add("pi-preview"); R.classList.remove("pi-waiting"); }
       this.painted.max = of;
-      this.painted.value = step + 1;
-      this.status.textContent = `step ${step + 1} of ${of}`;
+      this.painted.value = step;
+      this.status.textContent = `step ${step} of ${of}`;
     }
 
     showReady() {
-      setPicture(this.three.images.R, null);
+      this.showNothing();
       this.three.names.R.textContent = "";
       this.idle("Choose a layer to see what comes over with it.");
     }
@@ -1412,7 +1447,7 @@
     choosing(entry) {
       this.current = entry;
       for (const each of this.entries) each.button.setAttribute("aria-current", String(each === entry));
-      this.actions.classList.toggle("pi-none", !entry);
+      this.actions.hidden = !this.entries.length;
       for (const button of this.actions.children) button.disabled = !entry;
       this.kept.textContent = "";
     }
@@ -1526,7 +1561,8 @@
 
     async sweep() {
       if (this.sweeping) return;
-      const question = structuredClone(this.q);
+      // a stream and words are of the layers that are chosen; a sweep takes others
+      const question = { ...structuredClone(this.q), stream: null, words: null };
       const windows = this.byTime.checked ? 4 : 1;
       this.sweeping = new AbortController();
       this.alert.hidden = true;
@@ -1545,7 +1581,7 @@
         if (line.start) { if (this.pairOf(question) === this.pairOf(this.q)) this.showStart(line.start); this.sweepStart = line.start; }
         if (line.tile) {
           const { tile } = line;
-          this.put(question, tile.window, tile.layer, { picture: tile.picture, colour: tile.came === "nothing" || !tile.came ? null : tile.colour, says: tile.says });
+          this.put(question, tile.window, tile.layer, { picture: tile.picture, colour: tile.came === "nothing" ? null : tile.colour, says: tile.says });
           count += 1;
           this.progress.max = Math.max(expected, count);
           this.progress.value = count;
@@ -1844,19 +1880,20 @@
       if (live && views.length) {
         const tab = (text, root) => { const button = h("button", { type: "button", role: "tab", onclick: () => this.turnTo(button) }, text); button.root = root; return button; };
         this.tabs = [tab(views.length > 1 ? "the runs" : "the run", finished), tab("ask the model", live.root)];
-        parts.splice(script ? 1 : 0, 0, h("div", { class: "pi-tabs", role: "tablist" }, this.tabs));
+        this.panel = h("div", { role: "tabpanel" });
+        this.replaceChildren(...[script].filter(Boolean), h("div", { class: "pi-tabs", role: "tablist" }, this.tabs), this.panel);
+        this.turnTo(this.tabs[location.hash.length > 1 ? 1 : 0]);
+        return;
       }
-      if (!live && !views.length) parts.push(h("p", { class: "pi-empty" }, "There is nothing to show: no model and no run."));
+      if (parts.every((part) => part === script)) parts.push(h("p", { class: "pi-empty" }, "There is nothing to show: no model and no run."));
       this.replaceChildren(...parts);
-      if (this.tabs) this.turnTo(this.tabs[location.hash.length > 1 ? 1 : 0]);
-      else live?.begin();
+      live?.begin();
     }
 
+    /** Show the one or the other; only what is shown is in the page. */
     turnTo(button) {
-      for (const each of this.tabs) {
-        each.setAttribute("aria-selected", String(each === button));
-        each.root.hidden = each !== button;
-      }
+      for (const each of this.tabs) each.setAttribute("aria-selected", String(each === button));
+      this.panel.replaceChildren(button.root);
       if (button.root === this.live.root && !this.live.begun) { this.live.begun = true; this.live.begin(); }
     }
 

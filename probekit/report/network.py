@@ -48,13 +48,18 @@ def part_of(layer: str) -> str:
 
 def form(layers: Sequence[hooks.Layer]) -> str:
     """How a network is drawn: `u`; `lanes`, where blocks carry text beside the image; or `column`."""
-    if any({"image", "text"} <= set(layer.streams) for layer in layers):
+    return form_by_name([layer.name for layer in layers], carry_text(layers))
+
+
+def carry_text(layers: Sequence[hooks.Layer]) -> list[str]:
+    """The names of those that carry text beside the image, which names alone do not say."""
+    return [layer.name for layer in layers if {"image", "text"} <= set(layer.streams)]
+
+
+def form_by_name(names: Sequence[str], carry_text: Sequence[str] = ()) -> str:
+    """As `form`, of layers that are known by name, and of which it is known that they carry text."""
+    if carry_text:
         return "lanes"
-    return form_by_name([layer.name for layer in layers])
-
-
-def form_by_name(names: Sequence[str]) -> str:
-    """`u` or `column`: names alone do not say whether blocks carry text beside the image."""
     return "u" if any(part_of(name) in ("encoder", "middle", "decoder") for name in names) else "column"
 
 
@@ -78,10 +83,16 @@ def drawn(layers: Sequence[hooks.Layer]) -> list[dict[str, Any]]:
     ]
 
 
-def drawn_by_name(names: Sequence[str]) -> list[dict[str, Any]]:
-    """As `drawn`, of layers that are known by name only: nothing can be chosen of them."""
+def drawn_by_name(names: Sequence[str], carry_text: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """As `drawn`, of layers that are known by name, and of which it is known that they carry text."""
+    unknown: dict[str, Any] = {"kind": "", "words": [], "bypass": False}
     return [
-        {**_placed(name, names), "kind": "", "inside": _inside(name, names), "streams": [], "words": [], "bypass": False}
+        {
+            **_placed(name, names),
+            **unknown,
+            "inside": _inside(name, names),
+            "streams": ["image", "text"] if name in carry_text else [],
+        }
         for name in names
     ]
 

@@ -13,8 +13,10 @@ locks/             while processes are at work: who they are
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +78,12 @@ class Run:
         run = cls.__new__(cls)
         run.folder, run.config, run._sound = folder, _read_config(folder), set()
         return run
+
+    def _repr_html_(self) -> str:
+        """Its command, and its figures where it is finished, for a notebook."""
+        figures = [file.read_text() for file in sorted((self.folder / "figures").glob("*.svg"))]
+        command = html.escape(shlex.join(self.config["command"]))
+        return "\n".join([f"<p><code>{command}</code></p>", *(svg[svg.index("<svg") :] for svg in figures)])
 
     def _refuse_another(self, stored: Mapping[str, Any]) -> None:
         ours, theirs = (_flat(config) for config in (self.config, stored))

@@ -19,6 +19,7 @@ from probekit.report.figures import data_url, render, save_figure, style
 from probekit.report.findings import Findings, Table
 from probekit.report.injection import given
 from probekit.report.network import drawn_by_name, form_by_name, part_of, short
+from probekit.report.verdicts import foremost
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -139,7 +140,7 @@ def says(summary: Summary) -> str:
         listed = _listed([*named, *([f"{more} other{'s' if more > 1 else ''}"] if more else [])])
         carried.append(f"{role} comes over with {listed}")
     if nowhere:
-        carried.append(f"no layer carries {_listed(nowhere, 'or')} alone")
+        carried.append(f"no layer is shown to carry {_listed(nowhere, 'or')} alone")
     said = f"{when}by {by}, {'; '.join(carried)}."
     return said[0].upper() + said[1:] + _few(summary)
 
@@ -150,9 +151,11 @@ def _of_one_factor(summary: Summary, by: str) -> str:
     if known.empty:
         said = f"{by}O and E do not differ: nothing could come over."
     else:
-        most = known.loc[known.transfer.idxmax()]
+        first, *others = foremost({r.layer: (r.transfer, r.low, r.high) for r in known.itertuples()})
+        most = known.set_index("layer").loc[first]
         interval = f"95% interval {most.low:.2f}–{most.high:.2f}, null {most.null:.2f}"
-        said = f"{by}most comes over with {most.layer} ({most.transfer:.2f}, {interval})."
+        said = f"{by}most comes over with {first} ({most.transfer:.2f}, {interval})"
+        said += f", from which {len(others)} other{'s' if len(others) > 1 else ''} cannot be told." if others else "."
     return f"{said[0].upper()}{said[1:]} One factor alone gives no roles: there is no other to be clear of.{_few(summary)}"
 
 
@@ -227,7 +230,7 @@ def _page(run: Run, summary: Summary, pictures: Sequence[given.MadeAgain], said:
 def seen(run: Run, summary: Summary) -> dict[str, Any]:
     """A sweep's run as the inspector shows it: its network, its pairs with their pictures, its numbers and its roles."""
     inputs, options, windows, layers = run.config["inputs"], run.config["options"], summary.windows, summary.layers
-    name = Path(options["model"]).name
+    name, carrying = Path(options["model"]).name, inputs.get("carry_text", ())
     pairs = []
     for pair in inputs["swept_pairs"]:
         told = {key: pair[key] for key in ("name", "factor", "original", "edit", "noise")}
@@ -238,8 +241,8 @@ def seen(run: Run, summary: Summary) -> dict[str, Any]:
     return {
         "title": f"{name}: {count}, {options['num_steps']} steps",
         "name": name,
-        "form": form_by_name(layers),
-        "layers": drawn_by_name(layers),
+        "form": form_by_name(layers, carrying),
+        "layers": drawn_by_name(layers, carrying),
         "windows": windows,
         "pairs": pairs,
         "factors": summary.factors,

@@ -157,9 +157,9 @@ def _given(options: Mapping[str, Any], rows: pd.DataFrame) -> list[given.MadeAga
 def _tables(rows: pd.DataFrame) -> list[Table]:
     told = []
     if seen := read(rows):
-        cells = [(one["attribute"], one["original"], one["edit"], one["seen"], _VERDICTS[one["from"]]) for one in seen]
+        values = [(one["attribute"], one["original"], one["edit"], one["seen"], _VERDICTS[one["from"]]) for one in seen]
         columns = ["attribute", "in O", "in E", "in the picture", "whose"]
-        told.append(Table("what the scene reader reads", columns, cells, text=columns))
+        told.append(Table("what the scene reader reads", columns, values, text=columns))
     cells = [(one["name"], _number(one["transfer"]), _number(one["damage"])) for one in measures(rows)]
     title = "transfer (0: O, 1: E) and damage (0: O or E, 1: neither), by descriptor"
     return [*told, Table(title, ["by", "transfer", "damage"], cells, text=("by",))]
@@ -199,7 +199,7 @@ def of_layers(rows: pd.DataFrame, windows: Sequence[str], layers: Sequence[str])
             return f"By LPIPS most came over with {most} ({known[most]:.2f}). One pair tells no role."
         told.append("no layer brought one factor over, whole and alone")
     said = "; ".join(told)
-    return f"In this pair {said}. One pair tells no role: `probekit inject sweep` measures roles over many."
+    return f"In this pair {said}. One pair tells no role: probekit inject sweep measures roles over many."
 
 
 def _layers_table(each: Sequence[tuple[str, str, pd.DataFrame]]) -> Table:
@@ -234,8 +234,8 @@ def seen(run: Run, rows: pd.DataFrame) -> dict[str, Any]:
     return {
         "title": f"{options['model']}, each layer by itself",
         "name": options["model"],
-        "form": form_by_name(names),
-        "layers": drawn_by_name(names),
+        "form": form_by_name(names, inputs.get("carry_text", ())),
+        "layers": drawn_by_name(names, inputs.get("carry_text", ())),
         "windows": windows,
         "pairs": [pair | ends | {"pictures": pictures}],
         "factors": factors,
