@@ -28,7 +28,9 @@ BLOCK = 64
 SHOWN = 6
 """Pictures that are kept as pictures."""
 METHODS = "plain,fixed-point,renoised,edict"
-"""Every inversion."""
+"""The inversions that are compared where nobody says."""
+CHOICES = "plain, fixed-point, newton, renoise, renoised, edict, bdia, belm, edit-friendly, rf-solver, fireflow"
+"""Every inversion, for the help: `sampling.inversions` needs torch."""
 MOMENTS = 2000
 """Training images whose mean and covariance are taken."""
 
@@ -123,6 +125,16 @@ class Predicting(Denoising):
         spec = self.theory if self.theory is not None else TRAINED_ON.get(self.model) if unconditional else None
         return None if spec in (None, "none") else load_data(spec, self.diffusion.image_size)
 
+    def predicts(self, method: str, steps: int) -> bool:
+        """Whether second moments are known, and say what a method's latents are.
+
+        Not those of methods that draw several noises, nor of second order, which ask between the schedule's levels.
+        """
+        from probekit.sampling.inversions import INVERSIONS
+
+        inversion = INVERSIONS[method]
+        return self.second_moments is not None and inversion.draws(steps) <= 1 and not inversion.flows
+
     @functools.cached_property
     def second_moments(self) -> Gaussian | None:
         """The mean and covariance of these data, as the network sees them."""
@@ -149,9 +161,18 @@ class Inverting(Denoising):
             raise ProbekitError(f"--renoised {self.renoised}: there are {self.steps} steps")
 
     def inputs(self) -> dict[str, Any]:
-        """The model's fingerprint. Raises ProbekitError for what is no schedule of the model's."""
-        self.diffusion.schedule(self.steps)
+        """The model's fingerprint. Raises ProbekitError for what is no schedule of the model's, or no inversion for it."""
+        from probekit.sampling.inversions import check_method
+
+        prediction = self.diffusion.schedule(self.steps).prediction
+        for name in self.chosen:
+            check_method(name, prediction)
         return self.of_model()
+
+    @property
+    def chosen(self) -> list[str]:
+        """The names of its inversions."""
+        raise NotImplementedError
 
     def images_of(self, data: str) -> Dataset:
         """A data set in the size of the model's images. Raises ProbekitError as `load_data`."""

@@ -476,7 +476,7 @@ def check_inversion(method: str | None, pictured: bool) -> None:
     from probekit.models.given import METHODS
 
     if method not in METHODS:
-        raise ProbekitError(f"--inversion {method!r}: choose {' or '.join(METHODS)}, whose way back is the pipeline's own")
+        raise ProbekitError(f"--inversion {method!r}: choose {', '.join(METHODS)}, whose way back is the pipeline's own")
     if not pictured:
         raise ProbekitError(f"--inversion {method!r}: is for given pictures; name --image-original or --image-edit")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from probekit.experiments.denoising import BLOCK, METHODS, SHOWN, Inverting, Predicting, inversions, numbered
+from probekit.experiments.denoising import BLOCK, CHOICES, METHODS, SHOWN, Inverting, Predicting, inversions, numbered
 from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Bench, Findings, Unit, Work
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from probekit.runs.folder import Run
     from probekit.sampling.trajectory import Denoiser
 
-_COLUMNS = ("method", "measure", "value", "std", "low", "high", "n")
-_COLUMNS += ("predicted", "predicted_of_samples", "beyond_low", "beyond_high")
+_COLUMNS = (
+    *("method", "measure", "value", "std", "low", "high", "n"),
+    *("predicted", "predicted_of_samples", "beyond_low", "beyond_high"),
+)
 
 ENDS = "noise and sample"
 """The unit of what is no latent: noise and samples themselves, and what white noise is expected to be."""
@@ -36,16 +38,19 @@ class InvertRun(Inverting, Predicting):
 
     name: ClassVar[str] = "invert-run"
 
-    methods: Annotated[str, typer.Option(help="Inversions, separated by commas: plain, fixed-point, renoised, edict.")] = (
-        METHODS
-    )
+    methods: Annotated[str, typer.Option(help=f"Inversions, separated by commas: {CHOICES}.")] = METHODS
     n: Annotated[int, typer.Option("--n", min=20, help="How many pictures; correlations depend on it.")] = 128
     data: Annotated[str | None, typer.Option(help="Invert these images instead of samples: avatars, celeba:PATH, …")] = None
     split: Annotated[str, typer.Option(help="Which of the data's images: train or test.")] = "test"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        inversions(self.methods, "--methods")
+        _ = self.chosen  # refuses what is none
+
+    @property
+    def chosen(self) -> list[str]:
+        """The names of `--methods`."""
+        return inversions(self.methods, "--methods")
 
     @functools.cached_property
     def dataset(self) -> Dataset | None:
@@ -68,7 +73,7 @@ class InvertRun(Inverting, Predicting):
         """Blocks of samples or images; what these measure; and for every method its blocks, then what all of them measure."""
         sources = self._sources()
         units = [*sources, Unit(ENDS, needs=tuple(unit.name for unit in sources))]
-        for method in inversions(self.methods, "--methods"):
+        for method in self.chosen:
             # whoever made a block inverts it, so that several shards need nothing of each other till all is measured
             blocks = [Unit(f"{method}-{_start(s):07d}", s.size, needs=(s.name,), group=s.group) for s in sources]
             units += [*blocks, Unit(method, needs=tuple(unit.name for unit in (*sources, *blocks)))]
@@ -95,27 +100,34 @@ class InvertRun(Inverting, Predicting):
         return Work(arrays={"states": self.diffusion.encode(dataset.images(wanted)).numpy()})
 
     def _there_and_back(self, unit: Unit, bench: Bench) -> Work:
-        """Arrays: `latents` (n, *shape), of edict (n, 2, *shape), as the space `inverted` has them; `back` (n, *shape), sampled
-        from them; `calls` (n,) of the network, of a row's batch, there.
+        """Arrays: `latents` (n, *shape), of several states (n, parts, *shape), as the space `inverted` has them; `back`
+        (n, *shape), sampled from them; `calls` (n,) of the network, of a row's batch, there; of methods that solve their steps,
+        `unsolved` (n,) and of newton `folded` (n,), as `sampling.Trajectory` has them.
 
-        Pairs go back in float64, as they came: rounded, they would lead elsewhere.
+        Latents of several states go back in float64, as they came: rounded, they would lead elsewhere.
         """
         import torch
 
-        from probekit.sampling.inversions import inverted, restored
+        from probekit import seeds
+        from probekit.sampling.inversions import inverted, noises, restored
 
         diffusion, method = self.diffusion, unit.name.rpartition("-")[0]
         schedule = diffusion.schedule(self.steps)
         states = torch.from_numpy(bench.arrays(unit.needs[0])["states"])
-        fresh = diffusion.fresh_noise(range(_start(unit), _start(unit) + unit.size), self.seed)
+        numbers = range(_start(unit), _start(unit) + unit.size)
+        fresh = seeds.fresh_noise(noises(method, self.steps, diffusion.shape), numbers, self.seed)
         latents, back, calls = [], [], []
+        counts: dict[str, list[Tensor]] = {}
         for part, noise in zip(*(torch.split(rows, self.batch_size) for rows in (states, fresh)), strict=True):
             there = inverted(diffusion, method, part, schedule, noise, renoised=self.renoised)
             back.append(restored(diffusion, method, there.end, schedule))
             latents.append(there.end.float().cpu())
             calls.append(torch.full((len(part),), float(there.calls)))
+            for name, found in (("unsolved", there.unsolved), ("folded", there.folded)):
+                if found is not None:
+                    counts.setdefault(name, []).append(found)
             bench.advance(len(part))
-        arrays = {"latents": latents, "back": back, "calls": calls}
+        arrays = {"latents": latents, "back": back, "calls": calls} | counts
         return Work(arrays={name: torch.cat(parts).numpy() for name, parts in arrays.items()})
 
     def _measured(self, unit: Unit, bench: Bench) -> Work:
@@ -138,7 +150,7 @@ class InvertRun(Inverting, Predicting):
         blocks = [name for name in unit.needs if name.startswith(f"{unit.name}-")]
         images = self._states(bench)
         latents, back, calls = (torch.from_numpy(bench.stacked(blocks, key)[:]) for key in ("latents", "back", "calls"))
-        latents = latents[:, 0] if INVERSIONS[unit.name].pairs else latents
+        latents = latents[:, 0] if INVERSIONS[unit.name].parts(self.steps) > 1 else latents
         # nobody knows what noise the images of a data set would have come from
         noise = diffusion.noise(range(self.n), self.seed) if self.data is None else None
         ways = [_Way(images, latents, back), *self._predicted(unit.name, images)]
@@ -157,6 +169,9 @@ class InvertRun(Inverting, Predicting):
 
         of_each("round-trip error", [_rms(way.back - way.images) for way in ways])
         of_each("network calls", [calls])
+        for key, measure in (("unsolved", "steps unsolved"), ("folded", "steps that fold")):
+            if key in bench.arrays(blocks[0]):
+                of_each(measure, [torch.from_numpy(bench.stacked(blocks, key)[:])])
         found = [_of_distribution(way.latents, diffusion.shape) for way in ways]
         for row, *predicted in zip(*found, strict=True):
             rows.append(row | _beside([each["value"] for each in predicted]))
@@ -184,7 +199,7 @@ class InvertRun(Inverting, Predicting):
         from probekit.sampling.gaussian import Gaussian
         from probekit.sampling.inversions import INVERSIONS, default_renoised
 
-        if self.second_moments is None:
+        if self.second_moments is None or not self.predicts(method, self.steps):
             return []
         diffusion, inversion = self.diffusion, INVERSIONS[method]
         schedule, fresh = diffusion.schedule(self.steps), diffusion.fresh_noise(range(self.n), self.seed)
@@ -195,7 +210,7 @@ class InvertRun(Inverting, Predicting):
             made = start if noise is None else sample(denoiser, start, schedule).end
             latents = inversion.invert(denoiser, made, schedule, fresh, renoised).end
             back = inversion.back(denoiser, latents, schedule).end
-            return [made, *(pair[:, 0] if inversion.pairs else pair for pair in (latents, back))]
+            return [made, latents[:, 0] if inversion.parts(self.steps) > 1 else latents, back]
 
         found = []
         for known in (self.second_moments, Gaussian.of(images)):

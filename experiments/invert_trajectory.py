@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from probekit.experiments.denoising import BLOCK, SHOWN, Inverting, Predicting, inversions, numbered
+from probekit.experiments.denoising import BLOCK, CHOICES, SHOWN, Inverting, Predicting, inversions, numbered
 from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Bench, Findings, Unit, Work
 
@@ -37,14 +37,19 @@ class InvertTrajectory(Inverting, Predicting):
 
     name: ClassVar[str] = "invert-trajectory"
 
-    method: Annotated[str, typer.Option(help="The latent's: plain, fixed-point, renoised or edict.")] = "plain"
+    method: Annotated[str, typer.Option(help=f"The latent's: {CHOICES}.")] = "plain"
     steps: Annotated[int, typer.Option(min=1, help="Steps of sampling and of inversion.")] = 100
     n: Annotated[int, typer.Option("--n", min=2, help="How many samples.")] = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(inversions(self.method, "--method")) != 1:
+        if len(self.chosen) != 1:
             raise ProbekitError(f"--method {self.method!r}: one inversion at a time")
+
+    @property
+    def chosen(self) -> list[str]:
+        """The name of `--method`."""
+        return inversions(self.method, "--method")
 
     def inputs(self) -> dict[str, Any]:
         """The fingerprints of the model, and of the data whose covariance predicts."""
@@ -70,16 +75,19 @@ class InvertTrajectory(Inverting, Predicting):
         """Arrays: `states`, the samples; `to_latent` (n, steps + 1), the distance of every state to the latent."""
         import torch
 
+        from probekit import seeds
         from probekit.images import as_pictures
+        from probekit.sampling.inversions import noises
 
-        diffusion, first = self.diffusion, int(unit.name.removeprefix("block-"))
+        (method,), diffusion, first = self.chosen, self.diffusion, int(unit.name.removeprefix("block-"))
+        drawn = noises(method, self.steps, diffusion.shape)
         count, rows = self.steps + 1, range(first, first + unit.size)
         size = min(self.batch_size, max(1, KEPT // (count * math.prod(diffusion.shape))))
         distances = _Distances()
         samples: list[Tensor] = []
         pictures: dict[str, Tensor] = {}
         for numbers in (rows[start : start + size] for start in range(0, len(rows), size)):
-            noise, fresh = (draw(numbers, self.seed) for draw in (diffusion.noise, diffusion.fresh_noise))
+            noise, fresh = diffusion.noise(numbers, self.seed), seeds.fresh_noise(drawn, numbers, self.seed)
             made = self._way(diffusion.denoiser(len(numbers)), noise.to(diffusion.device), fresh.to(diffusion.device))
             *states, latents = (each.float().cpu() for each in made)
             distances.add(states, noise, latents)
@@ -98,14 +106,15 @@ class InvertTrajectory(Inverting, Predicting):
         from probekit.sampling import sample
         from probekit.sampling.inversions import INVERSIONS, default_renoised
 
-        (method,) = inversions(self.method, "--method")
+        (method,) = self.chosen
         inversion, schedule = INVERSIONS[method], self.diffusion.schedule(self.steps)
         renoised = default_renoised(self.steps) if self.renoised is None else self.renoised
+        several = inversion.parts(self.steps) > 1
 
         def way(denoiser: Denoiser, noise: Tensor, fresh: Tensor) -> list[Tensor]:
             walked = sample(denoiser, noise, schedule, keep=range(len(schedule) + 1))
             latents = inversion.invert(denoiser, walked.end, schedule, fresh, renoised).end
-            return [*(walked.kept[i] for i in range(len(schedule) + 1)), latents[:, 0] if inversion.pairs else latents]
+            return [*(walked.kept[i] for i in range(len(schedule) + 1)), latents[:, 0] if several else latents]
 
         return way
 
@@ -118,7 +127,7 @@ class InvertTrajectory(Inverting, Predicting):
         blocks = [unit.name for unit in self.plan() if not unit.needs]
         to_latent = bench.stacked(blocks, "to_latent")[:]
         parts = [_passed("model", to_latent, self.seed)]
-        if self.second_moments is not None:
+        if self.second_moments is not None and self.predicts(*self.chosen, self.steps):
             samples = Gaussian.of(torch.from_numpy(bench.stacked(blocks, "states")[:]))
             for by, known in {"data": self.second_moments, "samples": samples}.items():
                 distances = self._predicted(known)
@@ -173,7 +182,7 @@ class _Distances:
         import pandas as pd
 
         n = len(self.to_latent)
-        mean = sum(self._totals) / n
+        mean = np.sum(self._totals, axis=0) / n
         count = len(mean)
         told = {"step": np.repeat(np.arange(count), POINTS), "point": np.tile(np.linspace(0, 1, POINTS), count)}
         return pd.DataFrame({"by": by, **told, "distance": mean.ravel(), "n": n})

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from probekit import checked
 from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Options
 
@@ -25,6 +26,11 @@ class LatentsEncode(Options):
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of noise.")] = 0
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto"
     out: Annotated[Path | None, typer.Option(help="The folder to write to. [default: runs/latents/…]")] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.out is not None:
+            checked.folder_to_write(f"--out {str(self.out)!r}", self.out)
 
     def run(self) -> str:
         """Encode what is not yet; returns what was done. Raises ProbekitError for what cannot be, and as `LatentStore`."""

@@ -73,6 +73,11 @@ class _How(Options):
         str | None, typer.Option(help="Do the i-th of n parts of the units, as 2/8; whoever comes last collects.")
     ] = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.out is not None:  # before a model is loaded
+            checked.folder_to_write(f"--out {str(self.out)!r}", self.out)
+
 
 def _command(experiment: type[Experiment]) -> Callable[..., None]:
     """The function that typer makes an experiment's command from."""

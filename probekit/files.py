@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from probekit.hooks.errors import ProbekitError
+
+_NUMBERED = re.compile(r"\.[0-9a-f]{12,32}\.partial$")
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -53,9 +56,10 @@ def _partial(path: Path) -> Path:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what was being written in a folder by processes that were killed meanwhile."""
+    """Remove what was being written in a folder, by this house or by zarr, by processes that were killed meanwhile."""
     for left in list(folder.rglob("*.partial")):
-        remove(left)
+        if _NUMBERED.search(left.name):
+            remove(left)
 
 
 def remove(path: Path) -> None:

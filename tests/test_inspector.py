@@ -237,6 +237,18 @@ def test_a_sweep_stopped_half_way_is_kept_and_its_command_goes_on(
     assert answer(desk, layers=[tiles[2]["layer"]])["picture"] == tiles[2]["picture"]
 
 
+def test_a_sweep_by_time_tells_of_every_window_and_layer(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = ["mid_block.resnets.0", "up_blocks.2.attentions.1"]
+    monkeypatch.setitem(desk.__dict__, "_default_layers", layers)
+    events = list(desk.sweep("a", question(desk, operation="blend", weight=0.9), 2))
+    tiles = [event["tile"] for event in events if "tile" in event]
+    windows = ["all", "0%-50%", "50%-100%"]
+    assert [(tile["window"], tile["layer"]) for tile in tiles] == [(w, layer) for w in windows for layer in layers]
+    assert "--apart" in events[-1]["done"]["command"] and "--windows 2" in events[-1]["done"]["command"]
+    (*_, refused) = desk.sweep("a", question(desk, steps="1"), 2)  # parts of steps are told in percents
+    assert "percents" in refused["error"]
+
+
 def test_an_answer_saved_as_a_run_is_described(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     told = answer(desk, layers=[LAYER], steps="1")

@@ -229,8 +229,8 @@ def best(folder: Path, data: torch.Tensor, method: str) -> list[torch.Tensor]:
     noise, fresh = (draw(range(24), 0).double() for draw in (diffusion.noise, diffusion.fresh_noise))
     walked = sample(denoiser, noise, schedule, keep=range(21))
     latents = inversion.invert(denoiser, walked.end, schedule, fresh, 1).end
-    pairs = (latents, inversion.back(denoiser, latents, schedule).end)
-    return [*(walked.kept[i] for i in range(21)), *(each[:, 0] if inversion.pairs else each for each in pairs)]
+    back = inversion.back(denoiser, latents, schedule).end
+    return [*(walked.kept[i] for i in range(21)), latents[:, 0] if inversion.parts(20) > 1 else latents, back]
 
 
 THEORY = ["--theory", "folder:images"]

@@ -343,14 +343,17 @@ def test_bad_pictures_are_refused_in_one_line_before_anything_is_written(
         ([*sweep, "--pairs-file", odd], "pair 1: image_edit 3 must be text"),
         ([*sweep, "--pairs-file", none, "--inversion", "plain"], "no pair of --pairs-file names a picture"),
         ([*sweep, *prompts, "--inversion", "plain"], "--inversion 'plain': is for given pictures"),
-        ([*sweep, *prompts, *pictured, "--inversion", "edict"], "--inversion 'edict': choose fixed-point or plain"),
+        (
+            [*sweep, *prompts, *pictured, "--inversion", "edict"],
+            "--inversion 'edict': choose fixed-point, newton, renoise, plain",
+        ),
         ([*sweep, *prompts, *pictured, "--image-edit", fish, "--separate-noise"], "--separate-noise: is for prompts"),
         ([*sweep, *prompts, *pictured, "--guidance", 0.5], "--guidance 0.5: text-to-image pipelines are guided from 1"),
         ([*sweep, *prompts, *pictured, "--num-steps", 5000], "steps 5000"),
         ([*sweep, *prompts, *pictured, "--model", ancestral], "EulerAncestralDiscreteScheduler draws noise on the way"),
         ([*image, *pictured, "--model", ancestral], f"--image-original {str(fish)!r}: model {str(ancestral)!r}: its Euler"),
         ([*image, "--image-edit", notes], f"--image-edit {str(notes)!r}: is no PNG"),
-        ([*image, "--inversion", "renoised", *pictured], "--inversion 'renoised': choose fixed-point or plain"),
+        ([*image, "--inversion", "renoised", *pictured], "--inversion 'renoised': choose fixed-point, newton, renoise, plain"),
         ([*image, "--inversion", "plain"], "is for given pictures"),
         ([*image, *pictured, "--model", "avatar-vae"], "takes no prompt"),
     ]:
@@ -361,5 +364,5 @@ def test_bad_pictures_are_refused_in_one_line_before_anything_is_written(
 def test_options_of_pictures_are_refused_from_python_too(files: dict[str, Path]) -> None:
     with pytest.raises(ProbekitError, match="goes with --prompt-original"):
         InjectSweep(image_original=files["fish"], prompt_edit="b")
-    with pytest.raises(ProbekitError, match="choose fixed-point or plain"):
+    with pytest.raises(ProbekitError, match="choose fixed-point, newton, renoise, plain"):
         InjectSweep(image_original=files["fish"], prompt_original="a", prompt_edit="b", inversion="edict")

@@ -72,11 +72,12 @@ def test_names_of_units_are_file_names_only_on_the_disk(tmp_path: Path) -> None:
 def test_what_a_kill_leaves_of_a_unit_does_not_count_and_is_replaced(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", "inject-sweep", {})
     for part in ("images", "states"):
-        (run.folder / part / "a.partial").mkdir()
+        (run.folder / part / "a.0123456789ab.partial").mkdir()
         (run.folder / part / "a").mkdir()
     (run.folder / "images" / "a" / "stale.png").write_bytes(b"half")
     (run.folder / "states" / "a" / "stale.npy").write_bytes(b"half")
-    (run.folder / "units" / "a.parquet.partial").write_bytes(b"half")
+    (run.folder / "units" / "a.parquet.0123456789ab.partial").write_bytes(b"half")
+    (run.folder / "mine.partial").write_bytes(b"of somebody else")
     assert not run.finished("a")
     run.write("a", WORK)
     assert run.finished("a")
@@ -84,7 +85,7 @@ def test_what_a_kill_leaves_of_a_unit_does_not_count_and_is_replaced(tmp_path: P
     assert list(run.arrays("a")) == ["noise"]
     with run.held(shared=False):
         pass
-    assert not list(run.folder.rglob("*.partial")) and not (run.folder / "locks").exists()
+    assert list(run.folder.rglob("*.partial")) == [run.folder / "mine.partial"] and not (run.folder / "locks").exists()
 
 
 def test_a_unit_that_another_process_has_done_keeps_its_rows(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ class Desk:
     def first(self) -> dict[str, Any]:
         """The question that a page starts with: two captions, no layer."""
         scenes = self.model.name in PIPELINES
-        original, edit = _SCENES if scenes else _PHOTOGRAPHS
+        original, edit = SCENES if scenes else PHOTOGRAPHS
         known = {field.name: field.default for field in dataclasses.fields(InjectImage) if field.name in _KEYS}
         guidance = self._painter.defaults.get("guidance_scale")
         return known | {
@@ -425,11 +425,11 @@ class Desk:
         return f"{self.model.name}: O “{made.prompt_original}” with {where} {told}{when}{only}; E “{made.prompt_edit}”"
 
 
-_SCENES = (
+SCENES = (
     "a small white moon at the right on a dotted green ground",
     "a large red fish at the top left on a striped purple ground",
 )
-_PHOTOGRAPHS = ("a photograph of a cat on a sofa", "a painting of a dog in a forest")
+PHOTOGRAPHS = ("a photograph of a cat on a sofa", "a painting of a dog in a forest")
 
 
 def _python(made: InjectImage, named: InjectImage) -> str:

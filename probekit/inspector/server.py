@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ def open_inspector(
     if len(runs) > 2:
         raise ProbekitError(f"run {str(runs[2])!r}: two runs stand side by side, not {len(runs)}")
     seen = [_seen(folder) for folder in runs]
+    _check_address(host, port)
     with contextlib.ExitStack() as undone:
         folder = Path(undone.enter_context(tempfile.TemporaryDirectory(prefix="probekit-inspect-")))
         desk = None if model is None else Desk(model, folder, dtype, engine)
@@ -82,6 +84,15 @@ def open_inspector(
             raise ProbekitError(f"--host {host} --port {port}: cannot be listened on ({error})") from error
         undone.callback(app.blocks.close, verbose=False)
         return Inspector(url, undone.pop_all())
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Raises ProbekitError where nothing can listen: the server's own thread would complain, and be waited for."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port or 0), family=family).close()
+    except (OSError, UnicodeError) as error:
+        raise ProbekitError(f"--host {host!r} --port {port or 'any'}: cannot be listened on ({error})") from error
 
 
 def _gradio() -> Any:

@@ -208,7 +208,7 @@ def _with_ray(experiment: Experiment, opened: Run, queue: _Queue, address: str |
         except Exception as error:  # Ray raises a dozen kinds
             raise ProbekitError(f"--engine ray:{address}: no cluster there ({_first_line(error)})") from error
     try:
-        if threading.current_thread() is threading.main_thread():
+        if terminated is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminated)  # Ray takes it for itself
         _hand_out(ray, experiment, opened, queue, workers)
     finally:

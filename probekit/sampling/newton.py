@@ -95,7 +95,7 @@ def _arnoldi(
 
 
 def _combined(hessenberg: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """GMRES's least squares for a residual of norm 1: the combination (n, k), and what it leaves (n,). shift: of the diagonal."""
+    """GMRES's least squares for a residual of norm 1: the combination (n, k), and what is left. shift: of the diagonal."""
     small = hessenberg.double().cpu()  # mps has neither float64 nor this
     small = small + shift.double().cpu()[:, None, None] * torch.eye(*small.shape[1:], dtype=small.dtype)
     first = small.new_zeros(len(small), small.shape[1], 1)
@@ -106,7 +106,7 @@ def _combined(hessenberg: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _lowest(hessenberg: Tensor) -> Tensor:
-    """The Jacobian's lowest eigenvalue, (n,), as its Ritz values say; 0 where it is positive, or as finite differences pretend."""
+    """The Jacobian's lowest eigenvalue, (n,), by its Ritz values; 0 where it is not below what finite differences pretend."""
     ritz = torch.linalg.eigvals(hessenberg[:, :-1].double().cpu())
     lowest = ritz.real.amin(1)
     return torch.where(lowest < -2 * _DIFFERENCE * ritz.abs().amax(1), lowest, 0).to(hessenberg)

@@ -183,6 +183,14 @@ def warm() -> None:
     )
 
 
+def _draw_avatars() -> None:
+    """Draw the first ones that are asked for: a thousand take as long as a refusal may."""
+    from probekit.data import load_data
+
+    data = load_data("avatars", 32)
+    data.images(data.split("test")[:1])
+
+
 def _state(folder: Path) -> dict[str, tuple[int, int]]:
     """Every file and folder, with size and time of change."""
     return {
@@ -330,6 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         warm()
         files = Files.made(folder / "files")
+        _draw_avatars()
         drawn = chosen(files, options.seed, 10**9 if options.all else options.count)
         cases = [case for case in drawn if re.search(options.only, case.name)]
         answers = run(cases, files.there, options.jobs)

@@ -77,14 +77,16 @@ def _serve() -> None:
     _shorten_trainings()
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
-        answers.write(json.dumps(_ended(json.loads(line))) + "\n")
+        answer, imported = _ended(json.loads(line))
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
+        for name in imported:  # so that the next fork finds it
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
 
 
 def _import_all() -> None:
     import torch
-
-    import probekit
 
     torch.set_num_threads(1)
     for part in ("", ".experiments", ".hooks"):
@@ -143,13 +145,13 @@ def _short(schedule: Any) -> Any:
     return dataclasses.replace(schedule, steps=6)
 
 
-def _ended(job: dict[str, Any]) -> dict[str, Any]:
-    """Run a command in a fork of this process, kill it when that is asked for, and tell how it ended."""
-    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as changes:
+def _ended(job: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Run a command in a fork of this process, kill it when that is asked for; how it ended, and what it has imported."""
+    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as told:
         began = time.monotonic()
         child = os.fork()
         if child == 0:
-            _become(job, said.fileno(), changes.fileno())
+            _become(job, said.fileno(), told.fileno())
         ended, status = 0, 0
         while not ended and job["seconds"] is not None and time.monotonic() < began + job["seconds"]:
             time.sleep(0.001)
@@ -160,18 +162,15 @@ def _ended(job: dict[str, Any]) -> dict[str, Any]:
             _, status = os.waitpid(child, 0)
         seconds = time.monotonic() - began
         said.seek(0)
-        changes.seek(0)
-        return {
-            "code": os.waitstatus_to_exitcode(status),
-            "said": base64.b64encode(said.read()).decode(),
-            "seconds": seconds,
-            "changes": int(changes.read() or 0),
-        }
+        told.seek(0)
+        changes, imported = json.loads(told.read() or "[0, []]")
+        code, words = os.waitstatus_to_exitcode(status), base64.b64encode(said.read()).decode()
+        return {"code": code, "said": words, "seconds": seconds, "changes": changes}, imported
 
 
-def _become(job: dict[str, Any], said: int, changes: int) -> None:
+def _become(job: dict[str, Any], said: int, told: int) -> None:
     """Be the command; never returns."""
-    code = 70
+    code, before = 70, set(sys.modules)
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(said, 1)
@@ -186,7 +185,8 @@ def _become(job: dict[str, Any], said: int, changes: int) -> None:
                 main()
             except SystemExit as ended:
                 code = int(ended.code or 0)
-        os.write(changes, str(count[0]).encode())
+        imported = [name for name in sys.modules if name not in before and not name.startswith("_")]
+        os.write(told, json.dumps([count[0], imported]).encode())
     except BaseException:
         traceback.print_exc()
     finally:

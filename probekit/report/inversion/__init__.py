@@ -24,11 +24,20 @@ _COLOURS = {
     "fixed-point": "#3d8f6f",
     "renoised": "#8064a2",
     "edict": "#26251f",
+    "newton": "#2f6f9f",
+    "renoise": "#c77fb0",
+    "bdia": "#7d5a3c",
+    "belm": "#5f7d2f",
+    "edit-friendly": "#d9822b",
+    "rf-solver": "#2a9d9d",
+    "fireflow": "#a03a5c",
     "white noise, expected": "#8a8880",
 }
 _MAIN = (
     "round-trip error",
     "network calls",
+    "steps unsolved",
+    "steps that fold",
     "error to the noise",
     "error to the noise, plain areas",
     "error to the noise, textured areas",
@@ -64,10 +73,10 @@ def findings(run: Run, rows: pd.DataFrame) -> Findings:
     lines += [m for m in wide.index if m.startswith(("angle", "distance n", "distance l"))]
     told = [(measure, *(_number(wide.loc[measure, name]) for name in columns)) for measure in lines]
     tables = [Table("noise, latents by method, samples", ("measure", *columns), told, text=("measure",))]
-    if lines := beside(rows):
+    if predicted := beside(rows):
         title = f"what second moments alone predict, of {run.config['inputs']['theory_data']} and of what is inverted"
-        columns = ("latents", "measure", "measured", "predicted", "of the images'", "beyond (95%)")
-        tables.append(Table(title, columns, [tuple(line.values()) for line in lines], text=columns[:2]))
+        headings = ("latents", "measure", "measured", "predicted", "of the images'", "beyond (95%)")
+        tables.append(Table(title, headings, [tuple(line.values()) for line in predicted], text=headings[:2]))
     says = " ".join(filter(None, (headline(rows), second_moments(run.config, rows))))
     return Findings(run, rows, tables, lambda: _page(run, rows), tuple(_figures(rows)), says)
 
@@ -83,6 +92,10 @@ def headline(rows: pd.DataFrame) -> str:
         clear = foremost({m: tuple(max(each, _EXACT) for each in e) for m, e in errors.items()}, most=False)  # type: ignore[misc]
         best = clear[0] if len(clear) == 1 else f"{either(clear)}, which cannot be told apart"
         said = f"The most faithful way there and back is {best}; the round trips err by {said.split(' by ', 1)[1]}"
+    if ("newton", "steps that fold") in value.index and (folds := value["newton", "steps that fold"]) > 0:
+        said += (
+            f" In {folds:.2g} steps a picture other states lead to the same next one: newton's latents are each one of several."
+        )
     first = methods[0]
     if (first, "top-10 correlation") in value.index:
         latents, noise = (value[name, "top-10 correlation"] for name in (first, "noise"))

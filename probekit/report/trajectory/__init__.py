@@ -90,7 +90,7 @@ def told(config: dict[str, Any], rows: pd.DataFrame) -> list[tuple[str, ...]]:
             continue
         (nearest, low, high), *away = (found[name] for name in ("nearest", "there", "start", "end"))
         share = f"{100 * nearest:.0f}" + ("" if math.isnan(low) else f" ({interval(100 * low, 100 * high, '.0f')})")
-        lines.append((names[by], share, *(f"{value:.2f} ({interval(*ends)})" for value, *ends in away)))
+        lines.append((names[by], share, *(f"{value:.2f} ({interval(least, most)})" for value, least, most in away)))
     return lines
 
 
