@@ -335,3 +335,16 @@ def test_flow_edit_is_the_papers_algorithm_and_leaves_what_neither_caption_chang
 
 def test_the_help_names_every_inversion() -> None:
     assert ", ".join(INVERSIONS) == CHOICES
+
+
+def test_what_cannot_be_solved_is_given_up_before_all_calls_are_spent() -> None:
+    calls = 0
+
+    def flat(states: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return states**2
+
+    start = torch.full((2, 4), 0.5, dtype=torch.float64)
+    found = solve(flat, torch.full((2, 4), -1.0, dtype=torch.float64), start, tolerance=1e-6, most=5000)
+    assert calls < 500 and (found.errors > 0.5).all()
