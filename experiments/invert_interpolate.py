@@ -34,6 +34,9 @@ class InvertInterpolate(Inverting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        from probekit.data.dataset import check_split
+
+        check_split(self.split, "--split")
         _ = self.chosen  # refuses what is none
 
     @property

@@ -29,6 +29,9 @@ class LatentsEncode(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        from probekit.data.dataset import check_split
+
+        check_split(self.split, "--split")
         if self.out is not None:
             checked.folder_to_write(f"--out {str(self.out)!r}", self.out)
 

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from probekit import checked
-from probekit.data.dataset import no_captions, numbers
+from probekit.data.dataset import check_split, no_captions, numbers
 from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
@@ -100,8 +100,7 @@ class ImageFolder:
         A hash of an image's name relative to the folder decides: it stays on its side whatever images are added. Raises
         ProbekitError for another part, and where no image falls in this one.
         """
-        if part not in ("train", "test"):
-            raise ProbekitError(f"split {part!r}: choose train or test")
+        check_split(part)
         test = np.array([_hash(_key(name)) < _TEST_SHARE for name in self._files])
         found = np.flatnonzero(test if part == "test" else ~test)
         if not found.size:

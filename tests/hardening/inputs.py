@@ -376,5 +376,13 @@ def _tell(answer: Answer) -> None:
     print("  " + "\n  ".join(answer.said.strip()[-600:].splitlines()[-6:]), flush=True)
 
 
+def test_500_bad_inputs_are_refused_in_one_line_each() -> None:
+    # in a process of its own, without the tests' checks of shapes and threads
+    command = [sys.executable, "-m", "tests.hardening.inputs", "--seed", os.environ.get("HARDEN_SEED", "0"), "--jobs", "1"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout
+
+
 if __name__ == "__main__":
     sys.exit(main())
