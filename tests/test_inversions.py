@@ -82,9 +82,10 @@ def test_a_nearly_singular_step_is_solved_to_the_residual_that_is_asked_for() ->
     assert found.errors.max() <= 1e-7 and not found.folded.any()
     assert ((found.states @ matrix - true @ matrix).norm(dim=1) / (true @ matrix).norm(dim=1)).max() <= 1e-7
     assert len(calls) < 2000
-    calls.clear()
-    solve(step, true @ matrix, true + 1, tolerance=0, most=57)
-    assert len(calls) <= 57
+    for most, bound in ((57, 57), (5000, 500)):  # what is at rounding is given up
+        calls.clear()
+        solve(step, true @ matrix, true + 1, tolerance=0, most=most)
+        assert len(calls) <= bound
 
 
 def test_what_newton_calls_is_counted_and_nothing_is_called_where_no_step_stalls() -> None:
@@ -335,16 +336,3 @@ def test_flow_edit_is_the_papers_algorithm_and_leaves_what_neither_caption_chang
 
 def test_the_help_names_every_inversion() -> None:
     assert ", ".join(INVERSIONS) == CHOICES
-
-
-def test_what_cannot_be_solved_is_given_up_before_all_calls_are_spent() -> None:
-    calls = 0
-
-    def flat(states: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return states**2
-
-    start = torch.full((2, 4), 0.5, dtype=torch.float64)
-    found = solve(flat, torch.full((2, 4), -1.0, dtype=torch.float64), start, tolerance=1e-6, most=5000)
-    assert calls < 500 and (found.errors > 0.5).all()
