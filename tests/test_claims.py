@@ -56,7 +56,7 @@ def test_latents_are_not_noise_where_the_picture_is_plain(made: Made) -> None:
     assert plain.nanmean() > textured.nanmean()
 
 
-# it does not hold for avatar-ldm, and for photo-ddpm it cannot be told
+# it does not hold for avatar-ldm, and for photo-ddpm only just
 @pytest.mark.parametrize("made", ["avatar-ddpm", "mini-flow"], indirect=True)
 def test_the_trajectory_is_nearest_to_the_latent_on_its_way(made: Made) -> None:
     away = torch.stack([(state - made.latent).flatten(1).norm(dim=1).mean() for state in made.states])

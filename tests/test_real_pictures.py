@@ -332,7 +332,7 @@ def test_bad_pictures_are_refused_in_one_line_before_anything_is_written(
     for arguments, said in [
         ([*sweep, *prompts, "--image-original", nowhere], f"--image-original {str(nowhere)!r}: cannot be read (No such file"),
         ([*sweep, *prompts, "--image-edit", notes], f"--image-edit {str(notes)!r}: is no PNG, JPEG, WebP or BMP"),
-        ([*sweep, *prompts, "--image-edit", tmp_path], f"--image-edit {str(tmp_path)!r}: cannot be read (Is a directory)"),
+        ([*sweep, *prompts, "--image-edit", tmp_path], f"--image-edit {str(tmp_path)!r}: cannot be read (it is a folder"),
         ([*sweep, "--prompt-edit", STAR, *pictured], "goes with --prompt-original, the caption that it is inverted under"),
         ([*sweep, "--prompt-original", FISH, "--image-edit", fish], "goes with --prompt-edit"),
         ([*sweep, *pictured], "goes with --prompt-original"),

@@ -642,13 +642,25 @@
         h(
           "div",
           { class: `pi-bench${run.form !== "u" && run.layers.length <= 9 ? " pi-slim" : ""}` },
-          h("section", { "data-part": "network", class: "pi-network", "aria-label": "the network" }, this.network.root, legend(run.colours, [...run.factors, run.everything, "mixed"], `no frame: ${run.one_pair ? "nothing came over" : "no role"}. Each picture is O with that layer taken from E.`)),
+          h(
+            "section",
+            { "data-part": "network", class: "pi-network", "aria-label": "the network" },
+            this.network.root,
+            legend(run.colours, [...run.factors, run.everything, "mixed"], `${this.frameless()}. Each picture is O with that layer taken from E.`),
+          ),
           this.detail,
         ),
         this.time,
       );
       this.chosen ??= this.strongest();
       this.show();
+    }
+
+    /** What a picture without a frame says. */
+    frameless() {
+      const { run } = this;
+      if (run.one_pair) return "No frame: nothing came over";
+      return run.fewest_pairs < FEW ? "No frames: too few pairs to tell roles" : "No frame: no role";
     }
 
     /** The layer with which most of a factor came over, of those that have a role; else one to begin with. */

@@ -307,7 +307,7 @@ def _shown(hint: Any) -> Any:
         if isinstance(info, typer.models.ParameterInfo):
             extras[number] = info = copy.copy(info)
             info.help = info.help and info.help.replace("[", "\\[")
-            if Path in _kinds(kind):
+            if Path in _kinds(kind) and isinstance(info, typer.models.OptionInfo):
                 info.metavar = info.metavar or "PATH"
     if Path in _kinds(kind):
         kind = str | None if type(None) in _kinds(kind) else str

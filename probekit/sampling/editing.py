@@ -23,10 +23,11 @@ def flow_edit(
 ) -> Trajectory:
     """FlowEdit (Kulikov et al. 2024, algorithm 1), from images (n, ...) under `source` to such under `target`.
 
-    At every step the image is noised afresh, and what is edited by then moves by the difference of the two velocities, where it
-    would be with the same noise. The paper has it for flows; for diffusion it is the same in the coordinates in which its ways
-    are straight (`schedule.straight`). epsilon: standard normal, one a step. skipped: steps at the noisiest that are left out, n
-    less the paper's n_max; its n_min is 0 and its n_avg 1. Two calls a step. Raises ProbekitError for as many as there are steps.
+    At every step the image is noised afresh, and what is edited by then moves by the difference of the two velocities, where
+    it would be with the same noise. The paper has it for flows; for diffusion it is the same in the coordinates in which its
+    ways are straight (`schedule.straight`). epsilon: standard normal, one a step. skipped: the noisiest steps, which are left
+    out: n less the paper's n_max; its n_min is 0 and its n_avg 1. Two calls a step. Raises ProbekitError for as many as there
+    are steps.
     """
     if not 0 <= skipped < len(schedule):
         raise ProbekitError(f"skipped {skipped}: choose 0 to {len(schedule) - 1}, fewer than the steps")

@@ -40,12 +40,12 @@ def _none(steps: int) -> int:
 class Inversion:
     """One way from images to latents and back.
 
-    invert: (denoiser, image states (n, ...), schedule, fresh noise, how many steps it replaces) to the trajectory to the latents,
-    the last for `renoised` only; back: (denoiser, latents, schedule) to the trajectory to the images.
-    parts: how many states a latent is, of a number of steps; where they are several, latents are (n, parts, ...), in float64 (on
-    mps, which has none, in float32), with the noise first. draws: how many noises a row it is given; where there are several,
-    (n, draws, ...). begin: from noise (n, ...) to latents that nothing was inverted to, where they are not noise alone.
-    flows: whether it is for rectified flows only.
+    invert: (denoiser, image states (n, ...), schedule, fresh noise, how many steps it replaces) to the trajectory to the
+    latents, the last for `renoised` only; back: (denoiser, latents, schedule) to the trajectory to the images.
+    parts: of a number of steps, how many states a latent is; where they are several, latents are (n, parts, ...), in float64
+    (on mps, which has none, in float32), with the noise first. draws: how many noises a row it is given; where they are
+    several, (n, draws, ...). begin: from noise (n, ...) to latents that nothing was inverted to, where they are not noise
+    alone. flows: whether it is for rectified flows only.
     """
 
     about: str

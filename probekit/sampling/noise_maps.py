@@ -14,10 +14,10 @@ from probekit.sampling.trajectory import Denoiser, States, Trajectory, Walk
 
 
 def ancestral(schedule: Schedule, step: int) -> tuple[float, float, float]:
-    """(a, b, std) of an ancestral step: the next state is a * state + b * prediction + std * normal noise.
+    """(a, b, std) of an ancestral step: the next state is a * state + b * prediction + std * noise.
 
-    The standard deviation is that of DDIM with eta 1 (Song et al. 2021, equation 16), DDPM's posterior: what of the noise at the
-    target is not explained by that at the source. For a flow it is the same of its own levels.
+    The standard deviation is that of DDIM with eta 1 (Song et al. 2021, equation 16), DDPM's posterior: what of the noise at
+    the target is not explained by that at the source. For a flow it is the same of its own levels.
     """
     (signal, noise), (signal_, noise_) = schedule.sources[step], schedule.targets[step]
     variance = noise_**2 * max(0.0, 1 - (signal * noise_ / (signal_ * noise)) ** 2)

@@ -110,14 +110,14 @@ def between(prediction: str, source: Level, target: Level) -> tuple[float, float
 def straight(prediction: str, level: Level) -> tuple[float, float]:
     """(scale, time) of a level: states / scale go straight in time as long as what is predicted stays what it is.
 
-    For diffusion signal and noise / signal, with epsilon as the slope (Song et al. 2021, equation 14), for flow 1 and noise, with
-    the velocity. Raises ProbekitError for a level of diffusion without signal.
+    For diffusion signal and noise / signal, with epsilon as the slope (Song et al. 2021, equation 14), for flow 1 and noise,
+    with the velocity. Raises ProbekitError for a level of diffusion without signal.
     """
     signal, noise = level
     if prediction == "flow":
         return 1.0, noise
     if signal == 0:
-        raise ProbekitError("schedule: starts without signal, where no way of states is straight; another scheduler would do")
+        raise ProbekitError("schedule: starts without signal, where ways are not straight; another scheduler would do")
     return signal, noise / signal
 
 

@@ -56,18 +56,22 @@ class Walk:
         self.kept: dict[int, Tensor] = {}
 
     def predict(self, states: Tensor, step: int) -> Tensor:
+        """What the network says of states at a step."""
         return self.predict_at(states, self.schedule.timesteps[step])
 
     def predict_at(self, states: Tensor, timestep: float) -> Tensor:
+        """The same at any timestep."""
         self.calls += 1
         return self.denoiser(states, timestep).to(states.dtype)
 
     def at(self, state: int, states: Tensor) -> Tensor:
+        """The states themselves, which are kept if they were asked for."""
         if state in self.keep:
             self.kept[state] = states.cpu().to(self.result)
         return states
 
     def end(self, states: Tensor) -> Trajectory:
+        """The trajectory that ends there. Raises ProbekitError for values that are not finite."""
         # once for all steps: what is not finite stays so
         if not torch.isfinite(states).all():
             raise ProbekitError("denoiser: gives values that are not finite; half precision may be too little, use float32")
@@ -220,8 +224,8 @@ class _Anderson:
 def invert_renoise(denoiser: Denoiser, start: States, schedule: Schedule, *, keep: Collection[int] = ()) -> Trajectory:
     """ReNoise (Garibi et al. 2024, algorithm 1): each step repeated as a fixed-point map, and predictions averaged.
 
-    As `renoise_inversion.py` of the authors does it with its defaults: at timesteps under 250 five predictions, all averaged, at
-    others ten, of which the last two are; what is averaged are the network's predictions, of whatever kind. Their steps
+    As `renoise_inversion.py` of the authors does it with its defaults: at timesteps under 250 five predictions, all averaged,
+    at others ten, of which the last two are; what is averaged are the network's predictions, of whatever kind. Their steps
     towards editability (regularisation) and exactness (noise that sampling adds) are left out. Five or ten calls a step.
     """
     walk = Walk(denoiser, start, schedule, keep)

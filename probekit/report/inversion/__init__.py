@@ -93,9 +93,7 @@ def headline(rows: pd.DataFrame) -> str:
         best = clear[0] if len(clear) == 1 else f"{either(clear)}, which cannot be told apart"
         said = f"The most faithful way there and back is {best}; the round trips err by {said.split(' by ', 1)[1]}"
     if ("newton", "steps that fold") in value.index and (folds := value["newton", "steps that fold"]) > 0:
-        said += (
-            f" In {folds:.2g} steps a picture other states lead to the same next one: newton's latents are each one of several."
-        )
+        said += f" Steps fold, {folds:.2g} a picture: there newton's latents are each one of several that lead to the same."
     first = methods[0]
     if (first, "top-10 correlation") in value.index:
         latents, noise = (value[name, "top-10 correlation"] for name in (first, "noise"))

@@ -40,8 +40,11 @@ def headline(rows: pd.DataFrame) -> str:
     said = f"The way is nearest to the latent after {nearest:.0%} of the steps"
     said += "" if math.isnan(low) else f" (95% interval {low:.0%} to {high:.0%})"
     said += f", at a distance of {there:.2f}; it started {start:.2f} away from it and ends {end:.2f} away."
+    closer, least, most = found["nearer"]
+    if side(least, most):
+        said += f" It comes {closer:.2g} nearer than it starts ({interval(least, most, '.2g')})."
     # the smallest of many means is never above the first: what of resamples have none smaller, cannot be told from none
-    if not side(*found["nearer"][1:]):
+    else:
         said += " Whether it comes nearer at all than it starts cannot be told."
     held = {1: "later than that", -1: "earlier than that"}
     sides = [side(low, high, end) for end in PAPER]
