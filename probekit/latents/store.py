@@ -79,10 +79,13 @@ class LatentStore:
             self._array: zarr.Array[Any] = zarr.open_array(folder / "latents", mode="r+")
         except Exception as error:  # zarr raises a dozen kinds
             raise ProbekitError(f"latents {str(folder)!r}: cannot be opened ({_brief(error)}); delete the folder") from error
-        if (self._array.shape, self._array.chunks, self._array.dtype) != (
+        # other codecs than its own would inflate a chunk to any size
+        codecs = [type(codec).__name__ for codec in getattr(self._array.metadata, "codecs", ())]
+        if (self._array.shape, self._array.chunks, self._array.dtype, codecs) != (
             self._shape,
             (BLOCK, *space.shape),
             np.dtype("float32"),
+            ["BytesCodec", "BloscCodec", "Crc32cCodec"],
         ):
             raise ProbekitError(f"latents {str(folder)!r}: latents/zarr.json is damaged; delete the folder")
 
