@@ -127,7 +127,8 @@ class InvertTrajectory(Inverting, Predicting):
         blocks = [unit.name for unit in self.plan() if not unit.needs]
         to_latent = bench.stacked(blocks, "to_latent")[:]
         parts = [_passed("model", to_latent, self.seed)]
-        if self.second_moments is not None and self.predicts(*self.chosen, self.steps):
+        (method,) = self.chosen
+        if self.second_moments is not None and self.predicts(method, self.steps):
             samples = Gaussian.of(torch.from_numpy(bench.stacked(blocks, "states")[:]))
             for by, known in {"data": self.second_moments, "samples": samples}.items():
                 distances = self._predicted(known)

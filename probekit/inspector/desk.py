@@ -410,8 +410,8 @@ class Desk:
 
     def _copies(self, made: InjectImage) -> dict[str, str]:
         """What gives the same picture elsewhere; pictures that were given are called as they were where they came from."""
-        given = {side: file and Path(file.name) for side in _SIDES if (file := getattr(made, side)) is not None}
-        named = dataclasses.replace(made, **given)
+        original, edit = (file and Path(file.name) for file in (made.image_original, made.image_edit))
+        named = dataclasses.replace(made, image_original=original, image_edit=edit)
         return {"command": shlex.join(named.command), "python": _python(made, named)}
 
     def _caption(self, made: InjectImage) -> str:

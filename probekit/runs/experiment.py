@@ -251,10 +251,13 @@ _WORDS = {
 }
 
 
-@functools.cache
 def options_of(made: Any) -> tuple[Option, ...]:
     """The options of an experiment, from its fields' annotations, or those of a command's function, from its parameters'."""
-    made = inspect.unwrap(made)
+    return _options_of(inspect.unwrap(made))
+
+
+@functools.cache
+def _options_of(made: Any) -> tuple[Option, ...]:
     hints = typing.get_type_hints(made, include_extras=True)
     found = []
     for name in _defaults(made):

@@ -269,9 +269,12 @@ class _Child:
             wrong.append(f"{said.count(chr(10))} lines of {len(said)} characters")
         if printed.strip():
             wrong.append(f"says {printed.strip()[:80]!r} beside it")
-        if _state(self.there) != self.before:
+        now = _state(self.there)
+        if any(now.get(path) != kept for path, kept in self.before.items()):
             wrong.append("results that were there are changed")
-        if left := sorted(path for path in _state(self.folder) if not ("runs/latents/").startswith(path[:13])):
+        for path in sorted(now.keys() - self.before.keys(), reverse=True):  # a new run's folder, without results
+            (self.there / path).rmdir() if (self.there / path).is_dir() else (self.there / path).unlink()
+        if left := sorted(path for path in _state(self.folder) if path.partition("/")[0] != "runs"):
             wrong.append(f"leaves {left[0]}")
         shutil.rmtree(self.folder)
         self.out.unlink()
