@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from probekit.files import write_whole
+from probekit.files import remove, write_whole
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:
@@ -30,6 +30,8 @@ def unsealed(stored: bytes) -> dict[str, Any]:
 def write_manifest(manifest: Path, files: Mapping[str, str]) -> None:
     """Write down what files hold. files: their `digest` by their place, as `broken` is told it."""
     manifest.parent.mkdir(exist_ok=True)
+    if manifest.is_dir():  # which a file cannot take the place of
+        remove(manifest)
     write_whole(manifest, sealed({"files": dict(files)}))
 
 

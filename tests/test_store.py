@@ -241,7 +241,7 @@ def test_two_spaces_noise_has_nothing_in_common(tmp_path: Path) -> None:
 def test_what_another_process_is_still_writing_is_no_reason_to_refuse(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     folder.mkdir()
-    (folder / "provenance.json.123.partial").write_bytes(b"{")
+    (folder / "provenance.json.0123456789ab.partial").write_bytes(b"{")
     store = LatentStore(folder, noisy(), Ramp())
     store.encode([5])
     # one that found no array yet, and made one, must not put it in the place of another's that has latents by now

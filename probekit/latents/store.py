@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from probekit import __version__
-from probekit.checksums import broken, digest, digest_of, write_manifest
+from probekit.checksums import broken, digest, digest_of, sealed, unsealed, write_manifest
 from probekit.data.dataset import Dataset
 from probekit.files import file_name, remove, sweep, whole_folder, write_whole, writing
 from probekit.hooks.errors import ProbekitError
@@ -72,51 +72,51 @@ class LatentStore:
         else:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                write_whole(described, json.dumps(self.provenance, indent=2).encode())
+                write_whole(described, sealed(self.provenance))
         if not (folder / "latents" / "zarr.json").exists():  # new, or killed before it was made
             self._make()
         try:
             self._array: zarr.Array[Any] = zarr.open_array(folder / "latents", mode="r+")
         except Exception as error:  # zarr raises a dozen kinds
             raise ProbekitError(f"latents {str(folder)!r}: cannot be opened ({_brief(error)}); delete the folder") from error
-        # other codecs than its own would inflate a chunk to any size
-        codecs = [type(codec).__name__ for codec in getattr(self._array.metadata, "codecs", ())]
-        if (self._array.shape, self._array.chunks, self._array.dtype, codecs) != (
-            self._shape,
-            (BLOCK, *space.shape),
-            np.dtype("float32"),
-            ["BytesCodec", "BloscCodec", "Crc32cCodec"],
-        ):
+        if json.dumps(self._array.metadata.to_dict(), default=str) != json.dumps(self._header(), default=str):
             raise ProbekitError(f"latents {str(folder)!r}: latents/zarr.json is damaged; delete the folder")
 
-    @property
-    def _shape(self) -> tuple[int, ...]:
-        return (len(self.data), *self.space.shape)
-
-    def _make(self) -> None:
-        """Make the empty array beside its place and move it there, unless another process's is there, and filled, by now."""
+    def _create(self, store: Any) -> zarr.Array[Any]:
+        """The empty array, in a folder or in one of zarr's stores."""
         import zarr
         import zarr.codecs
 
+        return zarr.create_array(
+            store,
+            shape=(len(self.data), *self.space.shape),
+            chunks=(BLOCK, *self.space.shape),
+            dtype="float32",
+            compressors=[zarr.codecs.BloscCodec(cname="zstd", clevel=3), zarr.codecs.Crc32cCodec()],
+            fill_value=float("nan"),
+        )
+
+    def _header(self) -> dict[str, Any]:
+        """How the array is described."""
+        from zarr.storage import MemoryStore
+
+        return dict(self._create(MemoryStore()).metadata.to_dict())
+
+    def _make(self) -> None:
+        """Make the empty array beside its place and move it there, unless another process's is there, and filled, by now."""
         with writing(self.folder), Lock(self.folder / "locks" / "array") as lock:
             lock.wait()
-            if (self.folder / "latents" / "zarr.json").exists():
-                return
-            with whole_folder(self.folder / "latents") as made:
-                zarr.create_array(
-                    made,
-                    shape=self._shape,
-                    chunks=(BLOCK, *self.space.shape),
-                    dtype="float32",
-                    compressors=[zarr.codecs.BloscCodec(cname="zstd", clevel=3), zarr.codecs.Crc32cCodec()],
-                    fill_value=float("nan"),
-                )
+            if not (self.folder / "latents" / "zarr.json").exists():
+                with whole_folder(self.folder / "latents") as made:
+                    self._create(made)
 
     def _refuse_other(self, described: Path) -> None:
         try:
             stored = json.loads(described.read_bytes())
+            if "sha256" in stored:  # older ones have none
+                unsealed(described.read_bytes())
             differ = [k for k, v in self.provenance.items() if k not in ("model", "probekit") and stored.get(k) != v]
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
             raise ProbekitError(f"latents {str(self.folder)!r}: provenance.json cannot be read; delete the folder") from error
         if differ:
             said = ", ".join(f"{k} {stored.get(k)!r} there, {self.provenance[k]!r} here" for k in differ)

@@ -66,7 +66,7 @@ CASES: dict[str, tuple[str, str, dict[str, Damage]]] = {
         {"a garbled header": lambda c, _: c[:20] + b"?" * 60 + c[80:]},
     ),
     "labels": ("latents-encode", "out/labels/*.parquet", ANY),
-    "latents": ("latents-encode", "out/latents/c/1/0/0/0", ANY),
+    "latents": ("latents-encode", "out/latents/c/*/0/0/0", ANY),
     "the array's header": ("latents-encode", "out/latents/zarr.json", ANY | DEEP),
     "where latents come from": ("latents-encode", "out/provenance.json", ANY | DEEP),
     "the checksums of a block": ("latents-encode", "out/checksums/*.json", ANY | DEEP),
