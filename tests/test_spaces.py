@@ -189,7 +189,8 @@ def test_an_activation_in_an_image_of_one_s_own_gives_what_sampling_from_the_noi
     said(error)
 
 
-@pytest.mark.parametrize("method", [name for name, inversion in INVERSIONS.items() if not inversion.flows])
+# newton takes a thousand calls where a step of mini-sd's stalls; test_inversions has it
+@pytest.mark.parametrize("method", [name for name, one in INVERSIONS.items() if not one.flows and name != "newton"])
 def test_inversions_of_every_method_lead_there_and_back(mini_sd: Model, method: str) -> None:
     inversion, steps = INVERSIONS[method], 50 if method in ("plain", "renoised") else 10  # those that solve are exact in few
     space, code = mini_sd.space(f"inverted:method={method}:steps={steps}"), mini_sd.space("code")
@@ -200,9 +201,7 @@ def test_inversions_of_every_method_lead_there_and_back(mini_sd: Model, method: 
     # only fresh noise depends on the generator
     assert torch.equal(latents, space.encode(images, seeded(1))) == (inversion.draws(steps) == 0)
     error = (space.decode(latents) - code.decode(code.encode(images))).square().mean()
-    assert error < ({"plain": 1e-3, "renoised": 2e-3, "renoise": 1e-3} | dict.fromkeys(["fixed-point", "newton"], 1e-5)).get(
-        method, 1e-10
-    )
+    assert error < ({"plain": 1e-3, "renoised": 2e-3, "renoise": 1e-3} | {"fixed-point": 1e-5}).get(method, 1e-10)
     drawn = space.sample(2, seeded())
     assert drawn.shape == (2, *space.shape)
     expected = mini_sd.space("noise").sample(2, seeded())
