@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,9 +18,9 @@ from probekit.bundled import weights
 from probekit.data.avatars import IMAGE_SIZE, Avatars
 from probekit.data.dataset import Dataset
 from probekit.data.photos import Photos
-from probekit.models.families import glow, stylegan2, vae, vqvae
+from probekit.models.families import glow, vae, vqvae
 from probekit.progress import progress
-from probekit.zoo import lending
+from probekit.zoo import lending, stylegan2_ada
 from probekit.zoo.measured import Measured
 from probekit.zoo.training import Schedule, train
 
@@ -181,45 +180,10 @@ def vqvae_loss(network: Any, images: Images, generator: torch.Generator) -> tupl
 
 # --- GAN ---------------------------------------------------------------------------------------------------------------
 
-_GAN_CHANNELS = (96, 96, 64, 32)
-_R1_EVERY, _R1 = 16, 1.0
 
-
-class Adversaries(nn.Module):
-    """A StyleGAN2 generator and its discriminator, trained at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.generator = stylegan2.Generator(
-            z_dim=64, w_dim=64, image_size=IMAGE_SIZE, mapping_layers=4, channels=_GAN_CHANNELS, conv_clamp=256.0
-        )
-        self.discriminator = stylegan2.Discriminator(IMAGE_SIZE, _GAN_CHANNELS)
-
-
-def gan_loss(network: Any, images: Images, generator: torch.Generator) -> tuple[Tensor, Numbers]:
-    """The non-saturating loss, and R1 on every 16th batch or so (Karras et al. 2020, appendix B).
-
-    R1's gamma is 1. stylegan2-ada's configuration for 32x32 has 0.01, for 100 million images; in the few of this recipe the
-    discriminator was then too sure too soon: with 0.05 all faces had one smear in their middle.
-
-    One backward pass serves both: the generator's loss is taken through a discriminator whose weights are held still, and the
-    discriminator's from pictures that are cut off from the generator.
-    """
-    judge = network.discriminator
-    z = torch.randn(len(images), network.generator.z_dim, generator=generator)
-    made = network.generator(z, noise="random", generator=generator)
-    judge.requires_grad_(False)
-    of_generator = F.softplus(-judge(made)).mean()
-    judge.requires_grad_(True)
-    penalise = bool(torch.rand((), generator=generator) < 1 / _R1_EVERY)
-    images = images.requires_grad_(penalise)
-    real, fake = judge(images), judge(made.detach())
-    of_judge = F.softplus(-real).mean() + F.softplus(fake).mean()
-    numbers = {"generator": of_generator.item(), "real": real.mean().item(), "fake": fake.mean().item()}
-    if penalise:
-        (slope,) = torch.autograd.grad(real.sum(), images, create_graph=True)
-        of_judge = of_judge + _R1_EVERY * _R1 / 2 * slope.square().sum((1, 2, 3)).mean()
-    return of_generator + of_judge, numbers
+def build_gan() -> nn.Module:
+    """A StyleGAN2 with z and w of 64, and its discriminator."""
+    return stylegan2_ada.Adversaries(IMAGE_SIZE, channels=(96, 96, 64, 32), latents=64)
 
 
 # --- flow --------------------------------------------------------------------------------------------------------------
@@ -329,7 +293,8 @@ def _save_own(family: str) -> Callable[[Any, Path], None]:
 
     def save(network: Any, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        state = {key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()}
+        state = {key: v.half() if v.is_floating_point() else v for key, v in network.state_dict().items()}
+        state = {key: value.contiguous() for key, value in state.items()}
         save_file(state, folder / "model.safetensors", {"family": family, "image_size": str(IMAGE_SIZE)})
 
     return save
@@ -382,11 +347,13 @@ FAMILIES: dict[str, Family] = {
         batch=32,
     ),
     "avatar-gan": Family(
-        Adversaries,
-        gan_loss,
+        build_gan,
+        stylegan2_ada.loss,
         _save_generator,
-        Schedule(steps=5_000, learning_rate=2.5e-3, weight_decay=0.0, betas=(0.0, 0.99), clip=100.0),
-        batch=32,
+        Schedule(
+            steps=40_000, learning_rate=2.5e-3, weight_decay=0.0, ema=0.9995, clip=100.0, betas=(0.0, 0.99), constant=True
+        ),
+        batch=16,
     ),
     "avatar-flow": Family(
         build_flow,
