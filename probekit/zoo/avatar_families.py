@@ -76,12 +76,12 @@ def evaluate(name: str, n: int, seed: int) -> list[Measured]:
     Reconstructions are decode(encode(image)) in the first space that does both, `mean` for the VAE and `inverted` for what has
     it. The Fréchet distances are over AlexNet features and depend on n: beside them stands that of training pictures, the
     least there is to reach. LPIPS is taken at 64x64. The reader's accuracy is the share of all attributes that it finds in an
-    avatar's reconstruction as they are. Test photos show other parts of the photographs than training photos do, so their
-    distance is no least one: samples can be nearer.
+    avatar's reconstruction as they are; by what it sees, samples show a face or none (`show_faces`). Test photos show other
+    parts of the photographs than training photos do, so their distance is no least one: samples can be nearer.
     """
     from probekit.metrics import lpips
     from probekit.metrics.distributions import alexnet_features, frechet
-    from probekit.metrics.readers import avatar_reader
+    from probekit.metrics.readers import avatar_reader, show_faces
     from probekit.models import load
 
     model, data = load(name, device="cpu"), FAMILIES[name].data()
@@ -101,7 +101,7 @@ def evaluate(name: str, n: int, seed: int) -> list[Measured]:
     nan = float("nan")
     both = {s.name: s for s in model.spaces.values() if s.encoder and s.decoder}
     space = both.get("mean") or both.get("inverted") or next(iter(both.values()), None)
-    psnr = perceptual = accuracy = of_rebuilt = of_samples = nan
+    psnr = perceptual = accuracy = of_rebuilt = of_samples = faces = nan
     reference = alexnet_features(test)
     if space is not None:
         rebuilt = batched(lambda x: space.decode(space.encode(x)), test, "reconstructions")
@@ -116,12 +116,15 @@ def evaluate(name: str, n: int, seed: int) -> list[Measured]:
     if prior is not None:
         samples = batched(prior.decode, prior.sample(len(index), generator), "samples")
         of_samples = frechet(alexnet_features(samples), reference)
+        if isinstance(data, Avatars):
+            faces = show_faces(samples).float().mean().item()
     return [
         Measured("reconstruction PSNR", psnr, None, "dB"),
         Measured("reconstruction LPIPS", perceptual, None, ""),
         Measured("attributes read off reconstructions", accuracy),
         Measured("Fréchet distance of reconstructions", of_rebuilt, None, "(AlexNet)"),
         Measured("Fréchet distance of samples", of_samples, None, "(AlexNet)"),
+        Measured("samples that show a face", faces),
         Measured("Fréchet distance of training pictures", frechet(alexnet_features(drawn), reference), None, "(AlexNet)"),
     ]
 
