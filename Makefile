@@ -1,4 +1,5 @@
 # make demo: install and run the injection sweep.   make test: install and run the tests.   make test-fast: the quick ones.
+# make inspect: install and open the inspector.    make harden: kills, damages and bad input, which take long.
 # make lint: ruff, mypy and import-linter.          make docs: build the site.              make wheel: build the package, run its demo.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,16 +7,24 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 DEMO := inject sweep --pairs 3 --num-steps 10
 
-.PHONY: demo test test-fast lint docs wheel clean
+.PHONY: demo inspect test test-fast harden lint docs wheel clean
 
 demo: .venv/installed
 	$(BIN)/probekit $(DEMO) --out runs/inject-sweep/demo
+
+inspect: .venv/installed-inspect
+	$(BIN)/probekit inspect mini-sd
 
 test: .venv/installed-test
 	$(PYTEST)
 
 test-fast: .venv/installed-test
 	$(PYTEST) -m "not slow"
+
+# their names keep them out of the tests
+harden: .venv/installed-test
+	$(PYTEST) --durations=10 -o python_files="kills.py damages.py inputs.py determinism.py" tests/hardening
+	cat build/determinism/*.md
 
 # the folders hooks/ and experiments/ install as parts of probekit: linters are shown the packages as they are installed
 lint: .venv/installed-dev
@@ -42,6 +51,10 @@ wheel: .venv/installed
 
 .venv/installed: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install -e .
+	touch $@
+
+.venv/installed-inspect: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install -e '.[inspect]'
 	touch $@
 
 .venv/installed-test: pyproject.toml | .venv/bin/python

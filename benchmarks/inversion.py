@@ -30,17 +30,20 @@ LOOP_ROWS = 64  # of the queries, for the double loop; its time for all is this 
 
 def calls(asked: argparse.Namespace) -> None:
     """Seconds of each algorithm, of the bare calls it makes, and their ratio."""
-    from probekit import load
+    from probekit import load, seeds
     from probekit.sampling import sample
-    from probekit.sampling.inversions import INVERSIONS
+    from probekit.sampling.inversions import INVERSIONS, noises
 
     diffusion = load(asked.model, device="cpu").diffusion
     schedule, denoiser = diffusion.schedule(asked.steps), diffusion.denoiser(asked.rows)
     noise = diffusion.noise(range(asked.rows), 0)
-    image, fresh = sample(denoiser, noise, schedule).end, diffusion.fresh_noise(range(asked.rows), 0)
+    image = sample(denoiser, noise, schedule).end
     ways: dict[str, Callable[[], Any]] = {"sample": lambda: sample(denoiser, noise, schedule)}
     for name, inversion in INVERSIONS.items():
-        ways[name] = lambda inversion=inversion: inversion.invert(denoiser, image, schedule, fresh, 1)
+        if inversion.flows and schedule.prediction != "flow":
+            continue
+        fresh = seeds.fresh_noise(noises(name, asked.steps, diffusion.shape), range(asked.rows), 0)
+        ways[name] = lambda inversion=inversion, fresh=fresh: inversion.invert(denoiser, image, schedule, fresh, 1)
     print(f"{asked.model}, {asked.rows} rows, {asked.steps} steps\n")
     print("| way | calls | seconds | bare calls | ratio |\n|---|---|---|---|---|")
     for name, way in ways.items():

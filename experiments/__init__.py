@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from probekit.experiments.dynamics_diffusion import DynamicsDiffusion as DynamicsDiffusion
     from probekit.experiments.dynamics_flow import DynamicsFlow as DynamicsFlow
     from probekit.experiments.inject_calibrate import InjectCalibrate as InjectCalibrate
+    from probekit.experiments.inject_picture import InjectImage as InjectImage
+    from probekit.experiments.inject_picture import InjectScript as InjectScript
     from probekit.experiments.inject_sweep import InjectSweep as InjectSweep
     from probekit.experiments.invert_interpolate import InvertInterpolate as InvertInterpolate
     from probekit.experiments.invert_run import InvertRun as InvertRun
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 EXPERIMENTS = {
     "inject-sweep": "inject_sweep:InjectSweep",
+    "inject-image": "inject_picture:InjectImage",
+    "inject-script": "inject_picture:InjectScript",
     "inject-calibrate": "inject_calibrate:InjectCalibrate",
     "stitch-run": "stitch_run:StitchRun",
     "stitch-edit": "stitch_edit:StitchEdit",

@@ -13,7 +13,7 @@ import typer
 
 from probekit.experiments.loading import Dtype, Offload, Variant
 from probekit.hooks.errors import ProbekitError
-from probekit.runs.experiment import Bench, Experiment, Unit, Work, names
+from probekit.runs.experiment import Bench, Experiment, Unit, Work, names, whole_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,13 +21,18 @@ if TYPE_CHECKING:
     from probekit.data.dataset import Dataset
     from probekit.models import Model
     from probekit.sampling import Diffusion
+    from probekit.sampling.gaussian import Gaussian
 
 BLOCK = 64
 """Noises that a unit of samples starts from."""
 SHOWN = 6
 """Pictures that are kept as pictures."""
 METHODS = "plain,fixed-point,renoised,edict"
-"""Every inversion."""
+"""The inversions that are compared where nobody says."""
+CHOICES = "plain, fixed-point, newton, renoise, renoised, edict, bdia, belm, edit-friendly, rf-solver, fireflow"
+"""Every inversion, for the help: `sampling.inversions` needs torch."""
+MOMENTS = 2000
+"""Training images whose mean and covariance are taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +96,56 @@ class Denoising(Experiment):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Predicting(Denoising):
+    """An experiment of whose outcome it is said, too, what the second moments of the training data alone predict."""
+
+    theory: Annotated[
+        str | None,
+        typer.Option(
+            help="Data whose covariance predicts the outcome: avatars, photos, folder:PATH, …, or none. "
+            "[default: what a bundled model was trained on]"
+        ),
+    ] = None
+
+    def of_theory(self) -> dict[str, Any]:
+        """The name and the fingerprint of these data; nothing where they are not known."""
+        data = self.trained_on
+        return {} if data is None else {"theory_data": data.name, "theory_digest": data.digest}
+
+    @functools.cached_property
+    def trained_on(self) -> Dataset | None:
+        """What is known of what the model was trained on; pictures of one caption or class are no data set's.
+
+        Raises ProbekitError as `load_data`.
+        """
+        from probekit.bundled import TRAINED_ON
+        from probekit.data import load_data
+
+        unconditional = self.prompt is None and self.label is None
+        spec = self.theory if self.theory is not None else TRAINED_ON.get(self.model) if unconditional else None
+        return None if spec in (None, "none") else load_data(spec, self.diffusion.image_size)
+
+    def predicts(self, method: str, steps: int) -> bool:
+        """Whether second moments are known, and say what a method's latents are.
+
+        Not those of methods that draw several noises, nor of second order, which ask between the schedule's levels.
+        """
+        from probekit.sampling.inversions import INVERSIONS
+
+        inversion = INVERSIONS[method]
+        return self.second_moments is not None and inversion.draws(steps) <= 1 and not inversion.flows
+
+    @functools.cached_property
+    def second_moments(self) -> Gaussian | None:
+        """The mean and covariance of these data, as the network sees them."""
+        from probekit.sampling.gaussian import Gaussian
+
+        if self.trained_on is None:
+            return None
+        return Gaussian.of(self.diffusion.encode(self.trained_on.images(self.trained_on.split("train")[:MOMENTS])))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inverting(Denoising):
     """An experiment on the latents that inversion gives."""
 
@@ -106,9 +161,18 @@ class Inverting(Denoising):
             raise ProbekitError(f"--renoised {self.renoised}: there are {self.steps} steps")
 
     def inputs(self) -> dict[str, Any]:
-        """The model's fingerprint. Raises ProbekitError for what is no schedule of the model's."""
-        self.diffusion.schedule(self.steps)
+        """The model's fingerprint. Raises ProbekitError for what is no schedule of the model's, or no inversion for it."""
+        from probekit.sampling.inversions import check_method
+
+        prediction = self.diffusion.schedule(self.steps).prediction
+        for name in self.chosen:
+            check_method(name, prediction)
         return self.of_model()
+
+    @property
+    def chosen(self) -> list[str]:
+        """The names of its inversions."""
+        raise NotImplementedError
 
     def images_of(self, data: str) -> Dataset:
         """A data set in the size of the model's images. Raises ProbekitError as `load_data`."""
@@ -129,10 +193,9 @@ def inversions(text: str, flag: str) -> list[str]:
 
 def step_counts(text: str) -> list[int]:
     """`--steps 10,100` as numbers. Raises ProbekitError for what is none."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and 1 <= len(part) <= 5 and int(part) > 0 for part in parts):
+    if 0 in (counts := whole_numbers(text, "--steps", "numbers of steps, as 10,100")):
         raise ProbekitError(f"--steps {text!r}: write numbers of steps, as 10,100")
-    return sorted({int(part) for part in parts})
+    return sorted(set(counts))
 
 
 def numbered(prefix: str, pictures: Tensor | Sequence[Tensor], first: int = 0) -> dict[str, Tensor]:

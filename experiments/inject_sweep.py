@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from probekit import checked
 from probekit.experiments.loading import Dtype, Offload, Variant
 from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Bench, Experiment, Findings, Unit, Work
@@ -32,11 +33,11 @@ FACTORS = ("structure", "content", "surface")
 OWN = "own"
 """The factor of a user's pair that names none."""
 
+MOST_PAIRS = 2000
+"""Of a file."""
+
 APART = 50_021
 """What is added to the number of O's noise for that of E's, where E has a noise of its own."""
-
-_MOST = 2**32 - 1
-"""The largest seed, and the largest number of a noise: both together still seed a generator."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class InjectSweep(Experiment):
     name: ClassVar[str] = "inject-sweep"
 
     model: Annotated[str, typer.Option(help="A bundled model, a local diffusers folder or a hub id.")] = "mini-sd"
-    pairs: Annotated[int | None, typer.Option(min=1, help="Controlled pairs for each factor. [default: 8]")] = None
+    pairs: Annotated[int | None, typer.Option(min=1, max=1000, help="Controlled pairs for each factor. [default: 8]")] = None
     factors: Annotated[
         str | None, typer.Option(help="Factors to vary, separated by commas. [default: structure,content,surface]")
     ] = None
@@ -101,10 +102,10 @@ class InjectSweep(Experiment):
         float | None,
         typer.Option(help="Guidance scale. [default: 3 for mini-sd, else the pipeline's own; 1, none, with given pictures]"),
     ] = None
-    seed: Annotated[int, typer.Option(min=0, max=_MOST, help="Seed of the noise and of the pairs.")] = 0
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the noise and of the pairs.")] = 0
     separate_noise: Annotated[bool, typer.Option("--separate-noise", help="Give E a noise of its own.")] = False
     by_time: Annotated[bool, typer.Option("--by-time", help="Cut the steps into windows: a layer x time map.")] = False
-    windows: Annotated[int | None, typer.Option(min=2, help="Windows of --by-time. [default: 4]")] = None
+    windows: Annotated[int | None, typer.Option(min=2, max=100, help="Windows of --by-time. [default: 4]")] = None
     dtype: Dtype = "auto"
     variant: Variant = None
     offload: Offload = field(default="none", compare=False)
@@ -196,7 +197,7 @@ class InjectSweep(Experiment):
 
         selected = hooks.select(self.loaded.layers, self.layers or hooks.default_layers(self.loaded.denoiser))
         if self.stream is not None and not self.layers and any(self.stream in la.streams for la in selected):
-            selected = [la for la in selected if self.stream in la.streams]
+            selected = hooks.Layers(la for la in selected if self.stream in la.streams)
         for la in selected:
             la.stream(self.stream)  # refuses a stream that the layer does not have
         return selected
@@ -222,9 +223,13 @@ class InjectSweep(Experiment):
     def inputs(self) -> dict[str, Any]:
         """The model's fingerprint, the pairs, and what options left open: layers, windows, guidance, precision, descriptors.
 
+        Of two-stream transformers also which layers carry text, as the network is drawn by it.
+
         With given pictures also their files' fingerprints, how they are inverted, and the scheduler, where it is not the
         model's own.
         """
+        from probekit.report.network import carry_text
+
         # an input must not be called as an option is: a run's folder tells another config by either name
         pairs = [{key: value for key, value in asdict(pair).items() if value is not None} for pair in self.swept_pairs]
         of_images = self._of_images()
@@ -237,7 +242,8 @@ class InjectSweep(Experiment):
             "swept_windows": list(self.swept_windows),
             "guidance_scale": self.guidance_scale,
             "precision": str(pipeline.dtype).removeprefix("torch."),
-            "descriptors": [descriptor.name for descriptor in self._general_descriptors()],
+            "descriptors": [descriptor.name for descriptor in general_descriptors_of(self.loaded.name)],
+            **({"carry_text": carrying} if (carrying := carry_text(self.swept_layers)) else {}),
             **of_images,
         }
 
@@ -337,10 +343,10 @@ class InjectSweep(Experiment):
         errors = starts.errors({"original": o, "edit": e})
         donors = dict(zip(("edit", "unrelated"), swept.images[1:].chunk(2), strict=True))
         rows: list[dict[str, Any]] = []
-        for descriptor in self._descriptors(pair):
+        for descriptor in _descriptors(self.loaded.name, pair):
             for donor, images in donors.items():
                 of = {"pair": pair.name, "factor": pair.factor, "noise": pair.noise} | errors
-                for (window, _, la), scores in zip(places, _score(descriptor, o, e, images), strict=True):
+                for (window, _, la), scores in zip(places, score(descriptor, o, e, images), strict=True):
                     at = {"window": window, "order": la.order, "layer": la.name}
                     rows.append(of | at | {"donor": donor, "descriptor": descriptor.name} | scores)
         pictures = {"O": o, "E": e, "U": u} | {given_name(side): given.picture for side, given in starts.given.items()}
@@ -354,34 +360,37 @@ class InjectSweep(Experiment):
 
         return findings(run, rows)
 
-    # --- what is seen of a picture ----------------------------------------------------------------------------------------
 
-    def _general_descriptors(self) -> list[Descriptor]:
-        """Those that apply to any pair; of a model of scenes, with the CLIP that knows scenes."""
-        from probekit.bundled import PIPELINES, weights
-        from probekit.metrics.descriptors import CLIP, general_descriptors
-
-        return general_descriptors(str(weights("scene-clip")) if self.loaded.name in PIPELINES else CLIP)
-
-    def _descriptors(self, pair: Pair) -> list[Descriptor]:
-        """Those that apply: the scene reader to pairs of scenes, on a model of scenes, in what their factor changes."""
-        from probekit.bundled import PIPELINES
-        from probekit.data.scenes import FACTORS as ATTRIBUTES
-        from probekit.data.scenes import Scene
-        from probekit.metrics.descriptors import reader_descriptor
-
-        general = self._general_descriptors()
-        if self.loaded.name not in PIPELINES:
-            return general
-        try:
-            original, edit = vars(Scene.parse(pair.original)), vars(Scene.parse(pair.edit))
-        except ProbekitError:
-            return general
-        differ = [a for a in original if original[a] != edit[a] and a in ATTRIBUTES.get(pair.factor, original)]
-        return [reader_descriptor(differ), *general] if differ else general
+# --- what is seen of a picture ------------------------------------------------------------------------------------------
 
 
-def _score(descriptor: Descriptor, o: Tensor, e: Tensor, images: Tensor) -> list[dict[str, float]]:
+def general_descriptors_of(model: str) -> list[Descriptor]:
+    """Those that apply to any picture of the model; of a model of scenes, with the CLIP that knows scenes."""
+    from probekit.bundled import PIPELINES, weights
+    from probekit.metrics.descriptors import CLIP, general_descriptors
+
+    return general_descriptors(str(weights("scene-clip")) if model in PIPELINES else CLIP)
+
+
+def _descriptors(model: str, pair: Pair) -> list[Descriptor]:
+    """Those that apply: the scene reader to pairs of scenes, on a model of scenes, in what their factor changes."""
+    from probekit.bundled import PIPELINES
+    from probekit.data.scenes import FACTORS as ATTRIBUTES
+    from probekit.data.scenes import Scene
+    from probekit.metrics.descriptors import reader_descriptor
+
+    general = general_descriptors_of(model)
+    if model not in PIPELINES:
+        return general
+    try:
+        original, edit = vars(Scene.parse(pair.original)), vars(Scene.parse(pair.edit))
+    except ProbekitError:
+        return general
+    differ = [a for a in original if original[a] != edit[a] and a in ATTRIBUTES.get(pair.factor, original)]
+    return [reader_descriptor(differ), *general] if differ else general
+
+
+def score(descriptor: Descriptor, o: Tensor, e: Tensor, images: Tensor) -> list[dict[str, float]]:
     """The distances of each of images (n, 3, h, w) to O and to E (3, h, w), and what follows from them."""
     from probekit.metrics.roles import damage, transfer
 
@@ -467,7 +476,7 @@ def check_inversion(method: str | None, pictured: bool) -> None:
     from probekit.models.given import METHODS
 
     if method not in METHODS:
-        raise ProbekitError(f"--inversion {method!r}: choose {' or '.join(METHODS)}, whose way back is the pipeline's own")
+        raise ProbekitError(f"--inversion {method!r}: choose {', '.join(METHODS)}, whose way back is the pipeline's own")
     if not pictured:
         raise ProbekitError(f"--inversion {method!r}: is for given pictures; name --image-original or --image-edit")
 
@@ -511,19 +520,18 @@ def scene_pairs(factors: list[str], count: int, seed: int) -> list[Pair]:
 
 
 def read_pairs(file: Path) -> list[Pair]:
-    """Pairs from YAML; pictures are named relative to its folder. Raises ProbekitError that names the entry and the key."""
-    import yaml
+    """Pairs from YAML; pictures are named relative to its folder. Raises ProbekitError that names the entry and the key.
 
-    try:
-        entries = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise ProbekitError(f"--pairs-file {str(file)!r}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ProbekitError(f"--pairs-file {str(file)!r}: is no YAML ({' '.join(str(error).split())[:120]})") from error
+    And as `checked.yaml_value` for the file.
+    """
+    said = f"--pairs-file {str(file)!r}"
+    entries = checked.yaml_value(said, file)
     if not isinstance(entries, list) or not entries:
-        raise ProbekitError(f"--pairs-file {str(file)!r}: must be a list of pairs, each with original and edit")
+        raise ProbekitError(f"{said}: must be a list of pairs, each with original and edit")
+    if len(entries) > MOST_PAIRS:
+        raise ProbekitError(f"{said}: has {len(entries):,} pairs; at most {MOST_PAIRS:,} are read")
     for i, entry in enumerate(entries):
-        _check_entry(f"--pairs-file {str(file)!r}, pair {i + 1}", entry)
+        _check_entry(f"{said}, pair {i + 1}", entry)
     pairs: list[Pair] = []
     for i, entry in enumerate(entries):
         factor = entry.get("factor", OWN)
@@ -548,13 +556,17 @@ def _check_entry(where: str, entry: Any) -> None:
             raise ProbekitError(f"{where}: the key {key!r} is missing")
     for key, value in entry.items():
         if key == "seed":
-            raise ProbekitError(f"{where}: seed {value!r}: write noise, the number of the pair's noise; the seed is --seed's")
+            raise ProbekitError(
+                f"{where}: seed {checked.shown(value)}: write noise, the number of the pair's noise; the seed is --seed's"
+            )
         if key not in kinds:
-            raise ProbekitError(f"{where}: unknown key {key!r}; known: {', '.join(kinds)}")
-        if key == "noise" and not (type(value) is int and 0 <= value <= _MOST):
-            raise ProbekitError(f"{where}: noise {value!r} must be a whole number from 0 to {_MOST}")
+            raise ProbekitError(f"{where}: unknown key {checked.shown(key)}; known: {', '.join(kinds)}")
+        if key == "noise" and not (type(value) is int and 0 <= value < 2**32):
+            raise ProbekitError(f"{where}: noise {checked.shown(value)} must be a whole number from 0 to {2**32 - 1}")
         if not isinstance(value, kinds[key]):
-            raise ProbekitError(f"{where}: {key} {value!r} must be text")
+            raise ProbekitError(f"{where}: {key} {checked.shown(value)} must be text")
+        if isinstance(value, str):
+            (checked.name if key == "factor" else checked.text)(f"{where}: {key} {checked.shown(value)}", value)
 
 
 # --- steps -------------------------------------------------------------------------------------------------------------
@@ -584,6 +596,9 @@ def check_steps(pipeline: Any, windows: Mapping[str, hooks.Steps], num_steps: in
     """Raise ProbekitError, before anything is written, where a window lies outside a diffusers pipeline's schedule."""
     from probekit.hooks.steps import distinct_timesteps
 
+    trained = pipeline.scheduler.config.get("num_train_timesteps")
+    if trained is not None and num_steps > trained:
+        raise ProbekitError(f"--num-steps {num_steps}: the model's schedule has {trained} timesteps; choose 1 to {trained}")
     try:
         pipeline.scheduler.set_timesteps(num_steps)
     except (TypeError, ValueError):  # Flux's schedule depends on the picture's size and is known only to the pipeline

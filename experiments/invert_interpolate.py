@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from probekit.experiments.denoising import METHODS, Inverting, inversions, numbered
+from probekit.experiments.denoising import CHOICES, METHODS, Inverting, inversions, numbered
 from probekit.hooks.errors import ProbekitError
-from probekit.runs.experiment import Bench, Findings, Unit, Work
+from probekit.runs.experiment import Bench, Findings, Unit, Work, whole_numbers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,17 +26,23 @@ class InvertInterpolate(Inverting):
 
     name: ClassVar[str] = "invert-interpolate"
 
-    methods: Annotated[str, typer.Option(help="Inversions, separated by commas: plain, fixed-point, renoised, edict.")] = (
-        METHODS
-    )
+    methods: Annotated[str, typer.Option(help=f"Inversions, separated by commas: {CHOICES}.")] = METHODS
     data: Annotated[str, typer.Option(help="Where the two images are from: avatars, celeba:PATH, folder:PATH.")] = "avatars"
     split: Annotated[str, typer.Option(help="Which of the data's images: train or test.")] = "test"
     pictures: Annotated[str, typer.Option(help="The two images' numbers in the split.")] = "0,1"
-    frames: Annotated[int, typer.Option(min=3, help="Pictures from the one to the other, both included.")] = 9
+    frames: Annotated[int, typer.Option(min=3, max=1000, help="Pictures from the one to the other, both included.")] = 9
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        inversions(self.methods, "--methods")
+        from probekit.data.dataset import check_split
+
+        check_split(self.split, "--split")
+        _ = self.chosen  # refuses what is none
+
+    @property
+    def chosen(self) -> list[str]:
+        """The names of `--methods`."""
+        return inversions(self.methods, "--methods")
 
     @functools.cached_property
     def dataset(self) -> Dataset:
@@ -47,8 +53,8 @@ class InvertInterpolate(Inverting):
     def images(self) -> Tensor:
         """The two images, (2, 3, h, w). Raises ProbekitError for other than two numbers of the split."""
         there = self.dataset.split(self.split)
-        numbers = [int(part) if part.strip().isdecimal() else -1 for part in self.pictures.split(",")]
-        if len(numbers) != 2 or not all(0 <= number < len(there) for number in numbers):
+        numbers = whole_numbers(self.pictures, "--pictures", f"two numbers from 0 to {len(there) - 1}, as 0,1")
+        if len(numbers) != 2 or not all(number < len(there) for number in numbers):
             raise ProbekitError(f"--pictures {self.pictures!r}: write two numbers from 0 to {len(there) - 1}, as 0,1")
         return self.dataset.images(there[numbers])
 
@@ -60,7 +66,7 @@ class InvertInterpolate(Inverting):
 
     def plan(self) -> list[Unit]:
         """A unit a method."""
-        return [Unit(method, self.frames) for method in inversions(self.methods, "--methods")]
+        return [Unit(method, self.frames) for method in self.chosen]
 
     def work(self, unit: Unit, bench: Bench) -> Work:
         """How evenly a method's frames change, a row a frame but the first, and all frames as pictures.
@@ -83,17 +89,19 @@ class InvertInterpolate(Inverting):
         """What is sampled from the great circle between the two images' latents, as images (frames, 3, h, w)."""
         import torch
 
+        from probekit import seeds
         from probekit.sampling import slerp
-        from probekit.sampling.inversions import INVERSIONS, inverted, restored
+        from probekit.sampling.inversions import INVERSIONS, inverted, noises, restored
 
-        diffusion, pairs = self.diffusion, INVERSIONS[method].pairs
-        schedule, fresh = diffusion.schedule(self.steps), diffusion.fresh_noise(range(2), self.seed)
+        diffusion, several = self.diffusion, INVERSIONS[method].parts(self.steps) > 1
+        schedule = diffusion.schedule(self.steps)
+        fresh = seeds.fresh_noise(noises(method, self.steps, diffusion.shape), range(2), self.seed)
         states = diffusion.encode(self.images)
         ends = inverted(diffusion, method, states, schedule, fresh, renoised=self.renoised).end.cpu().double()
         fractions = torch.linspace(0, 1, self.frames, dtype=torch.float64)
-        # the two states of a pair each on a circle of their own
-        circles = [slerp(part[0], part[1], fractions) for part in (ends.unbind(1) if pairs else [ends])]
-        path = torch.stack(circles, 1) if pairs else circles[0]
+        # the states of a latent each on a circle of their own
+        circles = [slerp(part[0], part[1], fractions) for part in (ends.unbind(1) if several else [ends])]
+        path = torch.stack(circles, 1) if several else circles[0]
         made = []
         for part in torch.split(path, self.batch_size):
             made.append(restored(diffusion, method, part, schedule))

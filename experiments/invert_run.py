@@ -4,42 +4,56 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from probekit.experiments.denoising import BLOCK, METHODS, SHOWN, Inverting, inversions, numbered
+from probekit.experiments.denoising import BLOCK, CHOICES, METHODS, SHOWN, Inverting, Predicting, inversions, numbered
 from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Bench, Findings, Unit, Work
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     from torch import Tensor
 
     from probekit.data.dataset import Dataset
     from probekit.runs.folder import Run
+    from probekit.sampling.trajectory import Denoiser
+
+_COLUMNS = (
+    *("method", "measure", "value", "std", "low", "high", "n"),
+    *("predicted", "predicted_of_samples", "beyond_low", "beyond_high"),
+)
 
 ENDS = "noise and sample"
 """The unit of what is no latent: noise and samples themselves, and what white noise is expected to be."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class InvertRun(Inverting):
+class InvertRun(Inverting, Predicting):
     """Invert by every method, sample back, and measure the latents: how they differ from noise, and where they lie."""
 
     name: ClassVar[str] = "invert-run"
 
-    methods: Annotated[str, typer.Option(help="Inversions, separated by commas: plain, fixed-point, renoised, edict.")] = (
-        METHODS
-    )
+    methods: Annotated[str, typer.Option(help=f"Inversions, separated by commas: {CHOICES}.")] = METHODS
     n: Annotated[int, typer.Option("--n", min=20, help="How many pictures; correlations depend on it.")] = 128
     data: Annotated[str | None, typer.Option(help="Invert these images instead of samples: avatars, celeba:PATH, …")] = None
     split: Annotated[str, typer.Option(help="Which of the data's images: train or test.")] = "test"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        inversions(self.methods, "--methods")
+        from probekit.data.dataset import check_split
+
+        check_split(self.split, "--split")
+        _ = self.chosen  # refuses what is none
+
+    @property
+    def chosen(self) -> list[str]:
+        """The names of `--methods`."""
+        return inversions(self.methods, "--methods")
 
     @functools.cached_property
     def dataset(self) -> Dataset | None:
@@ -52,9 +66,9 @@ class InvertRun(Inverting):
         return images
 
     def inputs(self) -> dict[str, Any]:
-        """The fingerprints of the model and of the images that are inverted."""
+        """The fingerprints of the model, of the images that are inverted, and of those whose covariance predicts."""
         of_model = super().inputs()  # refuses a model or a number of steps before any data is looked at
-        return of_model if self.dataset is None else of_model | {"data_digest": self.dataset.digest}
+        return of_model | ({} if self.dataset is None else {"data_digest": self.dataset.digest}) | self.of_theory()
 
     # --- units -----------------------------------------------------------------------------------------------------------
 
@@ -62,7 +76,7 @@ class InvertRun(Inverting):
         """Blocks of samples or images; what these measure; and for every method its blocks, then what all of them measure."""
         sources = self._sources()
         units = [*sources, Unit(ENDS, needs=tuple(unit.name for unit in sources))]
-        for method in inversions(self.methods, "--methods"):
+        for method in self.chosen:
             # whoever made a block inverts it, so that several shards need nothing of each other till all is measured
             blocks = [Unit(f"{method}-{_start(s):07d}", s.size, needs=(s.name,), group=s.group) for s in sources]
             units += [*blocks, Unit(method, needs=tuple(unit.name for unit in (*sources, *blocks)))]
@@ -89,74 +103,123 @@ class InvertRun(Inverting):
         return Work(arrays={"states": self.diffusion.encode(dataset.images(wanted)).numpy()})
 
     def _there_and_back(self, unit: Unit, bench: Bench) -> Work:
-        """Arrays: `latents` (n, *shape), of edict (n, 2, *shape), as the space `inverted` has them; `back` (n, *shape), sampled
-        from them; `calls` (n,) of the network, of a row's batch, there.
+        """Arrays: `latents` (n, *shape), of several states (n, parts, *shape), as the space `inverted` has them; `back`
+        (n, *shape), sampled from them; `calls` (n,) of the network, of a row's batch, there; of methods that solve their steps,
+        `unsolved` (n,) and of newton `folded` (n,), as `sampling.Trajectory` has them.
 
-        Pairs go back in float64, as they came: rounded, they would lead elsewhere.
+        Latents of several states go back in float64, as they came: rounded, they would lead elsewhere.
         """
         import torch
 
-        from probekit.sampling.inversions import inverted, restored
+        from probekit import seeds
+        from probekit.sampling.inversions import inverted, noises, restored
 
         diffusion, method = self.diffusion, unit.name.rpartition("-")[0]
         schedule = diffusion.schedule(self.steps)
         states = torch.from_numpy(bench.arrays(unit.needs[0])["states"])
-        fresh = diffusion.fresh_noise(range(_start(unit), _start(unit) + unit.size), self.seed)
+        numbers = range(_start(unit), _start(unit) + unit.size)
+        fresh = seeds.fresh_noise(noises(method, self.steps, diffusion.shape), numbers, self.seed)
         latents, back, calls = [], [], []
+        counts: dict[str, list[Tensor]] = {}
         for part, noise in zip(*(torch.split(rows, self.batch_size) for rows in (states, fresh)), strict=True):
             there = inverted(diffusion, method, part, schedule, noise, renoised=self.renoised)
             back.append(restored(diffusion, method, there.end, schedule))
             latents.append(there.end.float().cpu())
             calls.append(torch.full((len(part),), float(there.calls)))
+            for name, found in (("unsolved", there.unsolved), ("folded", there.folded)):
+                if found is not None:
+                    counts.setdefault(name, []).append(found)
             bench.advance(len(part))
-        arrays = {"latents": latents, "back": back, "calls": calls}
+        arrays = {"latents": latents, "back": back, "calls": calls} | counts
         return Work(arrays={name: torch.cat(parts).numpy() for name, parts in arrays.items()})
 
     def _measured(self, unit: Unit, bench: Bench) -> Work:
         """All measures of one method's latents, a row each, and pictures of the first.
 
         value, std: mean and standard deviation over pictures, of correlations over pairs of pixels; low, high: the mean's
-        bootstrap 95% interval; n: the pictures that have the measure.
+        bootstrap 95% interval; n: the pictures that have the measure. predicted, predicted_of_samples: what the covariance of
+        the training data, or of these images, predicts for the same noises (`sampling.gaussian`); beyond_low, beyond_high: the
+        95% interval of value - predicted, by bootstrap of means, else by jackknife. NaN where there is none.
         """
         import pandas as pd
         import torch
         import torch.nn.functional as F
 
         from probekit.metrics import geometry
-        from probekit.metrics.distributions import bootstrap
+        from probekit.metrics.distributions import bootstrap, jackknife
         from probekit.sampling.inversions import INVERSIONS
 
-        diffusion, rows = self.diffusion, []
+        diffusion, rows = self.diffusion, list[dict[str, Any]]()
         blocks = [name for name in unit.needs if name.startswith(f"{unit.name}-")]
         images = self._states(bench)
         latents, back, calls = (torch.from_numpy(bench.stacked(blocks, key)[:]) for key in ("latents", "back", "calls"))
-        latents = latents[:, 0] if INVERSIONS[unit.name].pairs else latents
+        latents = latents[:, 0] if INVERSIONS[unit.name].parts(self.steps) > 1 else latents
         # nobody knows what noise the images of a data set would have come from
         noise = diffusion.noise(range(self.n), self.seed) if self.data is None else None
+        ways = [_Way(images, latents, back), *self._predicted(unit.name, images)]
 
-        def of_each(measure: str, values: Tensor) -> None:
-            known = values[torch.isfinite(values)].double()
-            value, low, high = bootstrap(known.numpy(), seed=self.seed) if len(known) else (float("nan"),) * 3
-            std = float(known.std()) if len(known) > 1 else float("nan")
-            rows.append({"measure": measure, "value": value, "std": std, "low": low, "high": high, "n": len(known)})
+        def of_each(measure: str, found: list[Tensor]) -> None:
+            """A measure of every picture, measured and predicted."""
+            known = torch.isfinite(found[0])
+            values, *predicted = (values[known].double() for values in found)
+            value, low, high = bootstrap(values.numpy(), seed=self.seed) if len(values) else (float("nan"),) * 3
+            std = float(values.std()) if len(values) > 1 else float("nan")
+            row = {"measure": measure, "value": value, "std": std, "low": low, "high": high, "n": len(values)}
+            if predicted:
+                _, low, high = bootstrap((values - predicted[0]).numpy(), seed=self.seed)
+                row |= _beside([float(each.mean()) for each in predicted]) | {"beyond_low": low, "beyond_high": high}
+            rows.append(row)
 
-        of_each("round-trip error", (back - images).flatten(1).square().mean(1).sqrt())
-        of_each("network calls", calls)
-        rows += _of_distribution(latents, diffusion.shape)
+        of_each("round-trip error", [_rms(way.back - way.images) for way in ways])
+        of_each("network calls", [calls])
+        for key, measure in (("unsolved", "steps unsolved"), ("folded", "steps that fold")):
+            if key in bench.arrays(blocks[0]):
+                of_each(measure, [torch.from_numpy(bench.stacked(blocks, key)[:])])
+        found = [_of_distribution(way.latents, diffusion.shape) for way in ways]
+        for row, *predicted in zip(*found, strict=True):
+            rows.append(row | _beside([each["value"] for each in predicted]))
+            if predicted and (measured := _WHOLE.get(row["measure"])):
+                _, low, high = jackknife(_difference(measured, ways[0].latents, ways[1].latents), self.n)
+                rows[-1] |= {"beyond_low": low, "beyond_high": high}
         if noise is not None:
-            of_each("error to the noise", (latents - noise).flatten(1).square().mean(1).sqrt())
-            for measure, pair in geometry.distances(noise, latents, images).items():
-                rows.append(_summary(f"distance {measure}", *pair, self.n))
-            for corner, pair in geometry.angles(noise, latents, images).items():
-                rows.append(_summary(f"angle at {corner}", *pair, self.n))
+            of_each("error to the noise", [_rms(way.latents - noise) for way in ways])
+            for of, name in ((geometry.distances, "distance"), (geometry.angles, "angle at")):
+                first, *others = (of(noise, way.latents, way.images) for way in ways)
+                for what, pair in first.items():
+                    rows.append(_summary(f"{name} {what}", *pair, self.n) | _beside([other[what][0] for other in others]))
             if len(diffusion.shape) == 3:
                 pictures = F.interpolate(diffusion.decode(images), diffusion.shape[1:], mode="area")
                 plain, textured = geometry.plain_and_textured(latents - noise, pictures)
-                of_each("error to the noise, plain areas", plain)
-                of_each("error to the noise, textured areas", textured)
-        frame = pd.DataFrame(rows)
-        frame.insert(0, "method", unit.name)
+                of_each("error to the noise, plain areas", [plain])
+                of_each("error to the noise, textured areas", [textured])
+                of_each("error to the noise, plain less textured areas", [plain - textured])
+        frame = pd.DataFrame(rows).assign(method=unit.name).reindex(columns=_COLUMNS)
         return Work(frame, self._pictures(noise, latents, images, back))
+
+    def _predicted(self, method: str, images: Tensor) -> list[_Way]:
+        """What second moments alone predict of a method: those of the training data, and of the images that are inverted."""
+        from probekit.sampling import sample
+        from probekit.sampling.gaussian import Gaussian
+        from probekit.sampling.inversions import INVERSIONS, default_renoised
+
+        if self.second_moments is None or not self.predicts(method, self.steps):
+            return []
+        diffusion, inversion = self.diffusion, INVERSIONS[method]
+        schedule, fresh = diffusion.schedule(self.steps), diffusion.fresh_noise(range(self.n), self.seed)
+        renoised = default_renoised(self.steps) if self.renoised is None else self.renoised
+        noise = diffusion.noise(range(self.n), self.seed) if self.data is None else None
+
+        def way(denoiser: Denoiser, start: Tensor, fresh: Tensor) -> list[Tensor]:
+            made = start if noise is None else sample(denoiser, start, schedule).end
+            latents = inversion.invert(denoiser, made, schedule, fresh, renoised).end
+            back = inversion.back(denoiser, latents, schedule).end
+            return [made, latents[:, 0] if inversion.parts(self.steps) > 1 else latents, back]
+
+        found = []
+        for known in (self.second_moments, Gaussian.of(images)):
+            states = known.along(way, schedule, images if noise is None else noise, fresh)
+            found.append(_Way(*(known.values(each).float() for each in states)))
+        return found
 
     def _ends(self, bench: Bench) -> Work:
         """What noise and images themselves measure, and what white noise is expected to."""
@@ -177,9 +240,7 @@ class InvertRun(Inverting):
                 value = geometry.noise_correlation(n, channels * 64, 20)
                 found["white noise, expected"].append(_summary("top-20 correlation, patches", value, float("nan"), n))
         for name, rows in found.items():
-            frame = pd.DataFrame(rows)
-            frame.insert(0, "method", name)
-            frames.append(frame)
+            frames.append(pd.DataFrame(rows).assign(method=name).reindex(columns=_COLUMNS))
         return Work(pd.concat(frames, ignore_index=True))
 
     def _states(self, bench: Bench) -> Tensor:
@@ -207,6 +268,15 @@ class InvertRun(Inverting):
         return findings(run, rows)
 
 
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """Images, their latents, and what these lead back to."""
+
+    images: Tensor
+    latents: Tensor
+    back: Tensor
+
+
 def _start(unit: Unit) -> int:
     """The number of a block's first picture."""
     return int(unit.name.rpartition("-")[2])
@@ -229,7 +299,7 @@ def _of_distribution(states: Tensor, shape: tuple[int, ...]) -> list[dict[str, A
     kurtosis = float(centred.pow(4).mean() / centred.square().mean().square() - 3)
     some = flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(0))[:100_000]]
     rows = [
-        _summary("std of values", float(flat.std()), float("nan"), n),
+        _summary("std of values", _std(states), float("nan"), n),
         _summary("excess kurtosis", kurtosis, float("nan"), n),
         _summary("distance to normal (KS)", float(kstest(some.numpy(), "norm").statistic), float("nan"), n),
     ]
@@ -238,6 +308,34 @@ def _of_distribution(states: Tensor, shape: tuple[int, ...]) -> list[dict[str, A
         if shape[1] % 8 == 0 and shape[2] % 8 == 0:
             rows.append(_summary("top-20 correlation, patches", *geometry.top_correlations(states, k=20, patch=8), n))
     return rows
+
+
+def _std(states: Tensor) -> float:
+    return float(states.flatten().double().std())
+
+
+def _top(states: Tensor) -> float:
+    from probekit.metrics import geometry
+
+    return geometry.top_correlations(states)[0]
+
+
+_WHOLE: dict[str, Callable[[Tensor], float]] = {"std of values": _std, "top-10 correlation": _top}
+"""Measures of all latents together whose distance to what is predicted gets an interval."""
+
+
+def _difference(of: Callable[[Tensor], float], a: Tensor, b: Tensor) -> Callable[[np.ndarray], float]:
+    """By how much more rows of a measure than the same rows of b."""
+    return lambda rows: of(a[rows]) - of(b[rows])
+
+
+def _rms(error: Tensor) -> Tensor:
+    return error.flatten(1).square().mean(1).sqrt()
+
+
+def _beside(predicted: list[float]) -> dict[str, float]:
+    """What the data's second moments predict, and the images' own."""
+    return dict(zip(("predicted", "predicted_of_samples"), predicted, strict=False))
 
 
 def _summary(measure: str, value: float, std: float, n: int) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from probekit.experiments.denoising import Denoising, step_counts
+from probekit.experiments.denoising import Predicting, step_counts
 from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Bench, Findings, Unit, Work
 
@@ -17,12 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-    from probekit.data.dataset import Dataset
     from probekit.runs.folder import Run, Stacked
-    from probekit.sampling.gaussian import Gaussian
-
-MOMENTS = 2000
-"""Training images whose mean and covariance are taken."""
 
 HELD = 2**26
 """Values of the noises that are held in memory at a time to predict where they go."""
@@ -32,20 +26,13 @@ EXAMPLES = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoiseMapRun(Denoising):
+class NoiseMapRun(Predicting):
     """Sample from numbered noises, then find each sample's noise and each noise's sample as the nearest by L2."""
 
     name: ClassVar[str] = "noise-map-run"
 
     steps: Annotated[str, typer.Option(help="Numbers of sampling steps, separated by commas.")] = "10,100"
     n: Annotated[int, typer.Option("--n", help="Noises, and as many samples, to find each other among.")] = 512
-    theory: Annotated[
-        str | None,
-        typer.Option(
-            help="Data whose covariance predicts the map: avatars, photos, folder:PATH, …, or none. "
-            "[default: what a bundled model was trained on]"
-        ),
-    ] = None
     splits: Annotated[
         int, typer.Option(help="Parts of the n over which the std is taken; the candidates are always all n.")
     ] = 8
@@ -64,31 +51,7 @@ class NoiseMapRun(Denoising):
         prediction, *_ = [diffusion.schedule(count).prediction for count in step_counts(self.steps)]  # refuses too many
         space = "pixels" if diffusion.encoder is None else "latents"
         told = {"prediction": prediction, "space": space, "shape": list(diffusion.shape)}
-        if self._data is not None:
-            told |= {"theory_data": self._data.name, "theory_digest": self._data.digest}
-        return self.of_model() | told
-
-    @functools.cached_property
-    def _data(self) -> Dataset | None:
-        """What is known of what the model was trained on; pictures of one caption or class are no data set's.
-
-        Raises ProbekitError as `load_data`.
-        """
-        from probekit.bundled import TRAINED_ON
-        from probekit.data import load_data
-
-        unconditional = self.prompt is None and self.label is None
-        spec = self.theory if self.theory is not None else TRAINED_ON.get(self.model) if unconditional else None
-        return None if spec in (None, "none") else load_data(spec, self.diffusion.image_size)
-
-    @functools.cached_property
-    def _second_moments(self) -> Gaussian | None:
-        """The mean and covariance of the data, as the network sees them."""
-        from probekit.sampling.gaussian import Gaussian
-
-        if self._data is None:
-            return None
-        return Gaussian.of(self.diffusion.encode(self._data.images(self._data.split("train")[:MOMENTS])))
+        return self.of_model() | told | self.of_theory()
 
     def plan(self) -> list[Unit]:
         """For every number of steps the samples, then the match of all of them."""
@@ -156,11 +119,11 @@ class NoiseMapRun(Denoising):
         from probekit.sampling.gaussian import Gaussian
 
         unknown = dict.fromkeys((TO_NOISE, TO_SAMPLE), math.nan)
-        if self._second_moments is None or math.prod(noise.shape) > HELD:
+        if self.second_moments is None or math.prod(noise.shape) > HELD:
             return unknown, dict(unknown)
         start, made, schedule = torch.from_numpy(noise[:]), torch.from_numpy(sampled[:]), self.diffusion.schedule(steps)
         found = []
-        for known in (self._second_moments, Gaussian.of(made)):
+        for known in (self.second_moments, Gaussian.of(made)):
             mapped = known.sampled(start, schedule).float()
             pairs = {TO_NOISE: (mapped, start), TO_SAMPLE: (start, mapped)}
             nearest = {way: geometry.nearest(*pair, device=choose_device(self.device)) for way, pair in pairs.items()}

@@ -14,7 +14,7 @@ import typer
 
 from probekit.experiments.loading import Dtype, Variant
 from probekit.hooks.errors import ProbekitError
-from probekit.runs.experiment import Bench, Experiment, Findings, Unit, Work, names
+from probekit.runs.experiment import Bench, Experiment, Findings, Unit, Work, whole_numbers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,10 +91,8 @@ class ProbeLayers(Experiment):
             raise ProbekitError(f"--captions {self.captions!r}: choose with, without or both")
         if self.captions is not None and self.during == SAMPLING:
             raise ProbekitError(f"--captions {self.captions!r}: --while sampling pictures are made from their captions")
-        if self.timesteps is not None and not all(
-            part.isdecimal() and len(part) < 8 for part in names(self.timesteps, "--timesteps")
-        ):
-            raise ProbekitError(f"--timesteps {self.timesteps!r}: write timesteps as 875,625,375,125")
+        if self.timesteps is not None:
+            timesteps(self.timesteps)
 
     # --- what is probed ---------------------------------------------------------------------------------------------------
 
@@ -173,7 +171,7 @@ class ProbeLayers(Experiment):
         """The timesteps, noise first, and while sampling the step of each, else -1. Raises ProbekitError for what is none."""
         trained = int(self.diffusion.scheduler.config.num_train_timesteps)
         text = self.timesteps or ",".join(str(trained * part // 8) for part in EIGHTHS)
-        wanted = sorted({int(part) for part in names(text, "--timesteps")}, reverse=True)
+        wanted = sorted(timesteps(text), reverse=True)
         if outside := [t for t in wanted if not 0 <= t < trained]:
             raise ProbekitError(f"--timesteps {outside[0]}: the schedule has timesteps 0 to {trained - 1}")
         if self.during != SAMPLING:
@@ -370,6 +368,14 @@ class ProbeLayers(Experiment):
                     drawn = diffusion.decode(state[:SHOWN])
                     pictures |= {f"given-{i}-{t:g}": picture for i, picture in enumerate(drawn)}
         return pictures
+
+
+def timesteps(text: str) -> set[int]:
+    """`875,125` as timesteps. Raises ProbekitError for what is none, and for one that stands there twice."""
+    found = whole_numbers(text, "--timesteps", "timesteps, as 875,625,375,125")
+    if twice := [t for t in found if found.count(t) > 1]:
+        raise ProbekitError(f"--timesteps {text!r}: {twice[0]} stands there twice")
+    return set(found)
 
 
 def _noised(diffusion: Diffusion, clean: Tensor, noise: Tensor, t: float) -> Tensor:

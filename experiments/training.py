@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from probekit import checked
 from probekit.hooks.errors import ProbekitError
 from probekit.runs.experiment import Experiment
 
@@ -62,9 +63,9 @@ def checkpoint_paths(model: str) -> dict[int, Path]:
     """
     from probekit.bundled import MODELS, trained, weights
 
-    folder = weights(model) if model in MODELS else Path(model).expanduser()
+    folder = weights(model) if model in MODELS else checked.path(f"--model {checked.shown(model)}", model)
     paths = sorted(folder.glob("step-*"))  # the same order everywhere
-    found = {int(match[1]): path for path in paths if (match := re.match(r"step-(\d+)", path.name))}
+    found = {int(match[1]): path for path in paths if (match := re.match(r"step-([0-9]{1,9})(?![0-9])", path.name))}
     if model in MODELS and found and trained(model):
         from probekit.zoo.avatar_families import FAMILIES
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         Block,
         Denoiser,
         Layer,
+        Layers,
         Stream,
         default_layers,
         layers,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from .pictures import stack
     from .sites import bind
     from .steps import Steps, distinct_timesteps
-    from .sweeps import DENOISER_NAMES, TEXT_ENCODERS, Swept, denoiser, sweep, text_layers
+    from .sweeps import DENOISER_NAMES, TEXT_ENCODERS, Swept, denoiser, injected, sweep, text_layers
     from .tracing import layer, trace
 
 _MODULES = {
@@ -54,6 +55,8 @@ _MODULES = {
         "Block",
         "Denoiser",
         "Layer",
+        "Layers",
+        "Layers",
         "Stream",
         "default_layers",
         "layers",
@@ -63,7 +66,7 @@ _MODULES = {
     "sites": ("bind",),
     "pictures": ("stack",),
     "steps": ("Steps", "distinct_timesteps"),
-    "sweeps": ("DENOISER_NAMES", "TEXT_ENCODERS", "Swept", "denoiser", "sweep", "text_layers"),
+    "sweeps": ("DENOISER_NAMES", "TEXT_ENCODERS", "Swept", "denoiser", "injected", "sweep", "text_layers"),
     "tracing": ("layer", "trace"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
@@ -79,6 +82,7 @@ __all__ = [
     "Denoiser",
     "Injection",
     "Layer",
+    "Layers",
     "Mean",
     "Nothing",
     "Operation",
@@ -96,6 +100,7 @@ __all__ = [
     "denoiser",
     "distinct_timesteps",
     "inject",
+    "injected",
     "layer",
     "layers",
     "output_shapes",

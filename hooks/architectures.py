@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
+import html
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -132,10 +133,24 @@ class Layer:
         return replace(self, name=f"{self.name}:heads={text}", streams=streams, heads={})
 
 
+class Layers(list[Layer]):
+    """Layers in execution order, which a notebook shows as a table; what lies inside another stands below it."""
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th style='text-align: left'>{heading}</th>" for heading in ("layer", "kind", "streams"))
+        cell = "<td style='text-align: left; padding-left: {}em'>{}</td>".format
+        rows = "".join(
+            f"<tr>{cell(0 if la.inside is None else 2, f'<code>{html.escape(la.name)}</code>')}"
+            f"{cell(0, la.kind)}{cell(0, ', '.join(la.streams))}</tr>"
+            for la in self
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
 _ATTENTIONS = ("self-attention", "cross-attention", "joint-attention")
 
 
-def layers(model: nn.Module) -> list[Layer]:
+def layers(model: nn.Module) -> Layers:
     """Every layer of a denoiser in execution order, also those inside others; or of a text encoder.
 
     Raises ProbekitError for a model or a block in it that is not registered.
@@ -165,7 +180,7 @@ def layers(model: nn.Module) -> list[Layer]:
         order += 1
         numbered.append(Layer(one.name, order, one.kind, one.streams))
         within = []
-    return numbered
+    return Layers(numbered)
 
 
 def default_layers(model: nn.Module) -> tuple[str, ...]:
@@ -173,7 +188,7 @@ def default_layers(model: nn.Module) -> tuple[str, ...]:
     return ("@resnets", "@attentions") if hasattr(model, "down_blocks") else ("@blocks",)
 
 
-def select(available: Sequence[Layer], patterns: Iterable[str]) -> list[Layer]:
+def select(available: Sequence[Layer], patterns: Iterable[str]) -> Layers:
     """The layers that match any of the patterns, in execution order.
 
     A pattern is a name, a glob (`up_blocks.*.attentions.*`) or one of `GROUPS`; with `:heads=3,5` only these heads of what it
@@ -205,7 +220,7 @@ def select(available: Sequence[Layer], patterns: Iterable[str]) -> list[Layer]:
         for layer in matches:
             found = layer if heads is None else layer.only(heads)
             chosen[found.name] = found
-    return sorted(chosen.values(), key=lambda layer: layer.order)
+    return Layers(sorted(chosen.values(), key=lambda layer: layer.order))
 
 
 def _heads(pattern: str) -> tuple[str, list[int] | None]:

@@ -42,12 +42,12 @@ class Steps:
         text = text.strip()
         if text == "all":
             return cls()
-        number = r"(\d+(?:\.\d+)?)"
+        number = r"([0-9]+(?:\.[0-9]+)?)"
         if match := re.fullmatch(rf"{number}%-{number}%", text):
             return cls(fraction=(float(match[1]) / 100, float(match[2]) / 100))
         if match := re.fullmatch(rf"t{number}-{number}", text):
             return cls(timesteps=(float(match[1]), float(match[2])))
-        if re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", text):
+        if re.fullmatch(r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*", text):
             indices: list[int] = []
             for part in text.split(","):
                 first, _, last = part.partition("-")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import gc
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
 
 from .architectures import Layer, layers
@@ -32,6 +35,25 @@ class Swept:
     edit: Float[Tensor, "c h w"]
     others: Float[Tensor, "others c h w"]
     images: Float[Tensor, "rules c h w"]
+
+    def _repr_html_(self) -> str:
+        """E, then the picture of every rule in order, for a notebook. Values below 0 are taken for those of [-1, 1]."""
+        signed = min(float(images.min()) for images in (self.edit, self.images) if images.numel()) < 0
+        named = [("E", self.edit), *((str(number), image) for number, image in enumerate(self.images))]
+        return "".join(
+            f"<figure style='display: inline-block; margin: 2px; text-align: center'><img src='{_url(image, signed)}' "
+            f"style='height: 96px; image-rendering: pixelated'><figcaption>{name}</figcaption></figure>"
+            for name, image in named
+        )
+
+
+def _url(image: Tensor, signed: bool) -> str:
+    """A picture inside a page, as PNG."""
+    values = (image + 1) / 2 if signed else image
+    pixels = (values.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def denoiser(pipeline: Any) -> nn.Module:
@@ -101,7 +123,7 @@ def sweep(
     while of_donors is None or len(images) < len(rules):
         part = rules[len(images) : len(images) + size - len(donors)]
         try:
-            made = _batch(pipeline, [*donors, *[original] * len(part)], part, len(donors), options)
+            made = injected(pipeline, [*donors, *[original] * len(part)], [*[()] * len(donors), *part], **options)
         except (MemoryError, RuntimeError) as error:
             if not _is_full(error):
                 raise
@@ -124,15 +146,15 @@ def sweep(
     return Swept(edit_image, rest, torch.stack(images) if images else edit_image.new_zeros(0, *edit_image.shape))
 
 
-def _batch(
-    pipeline: Any,
-    rows: Sequence[Mapping[str, Any]],
-    rules: Sequence[Sequence[Injection]],
-    first: int,
-    options: Mapping[str, Any],
-) -> Tensor:
-    """Pictures of rows, of which those from number `first` are injected by the rules."""
-    numbered = {row: injections for row, injections in enumerate(rules, start=first) if injections}
+def injected(
+    pipeline: Any, rows: Sequence[Mapping[str, Any]], rules: Sequence[Sequence[Injection]], **options: Any
+) -> Float[Tensor, "n c h w"]:
+    """Pictures of rows in one batch, values in [0, 1], on the CPU: each row is injected by its own rule, or by none (`()`).
+
+    rows: what is particular to each, as arguments of the pipeline. rules: one a row; a source `Row(k)` is the k-th of `rows`.
+    options: what all rows share. Raises ProbekitError as `inject`.
+    """
+    numbered = {row: injections for row, injections in enumerate(rules) if injections}
     of_text: dict[str, dict[int, list[Injection]]] = {}
     of_image: dict[int, list[Injection]] = {}
     for row, injections in numbered.items():

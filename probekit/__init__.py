@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
+    from probekit.inspector import inspect
     from probekit.models import load, load_space
 
 __version__ = "0.1.0"
-__all__ = ["ProbekitError", "__version__", "load", "load_space"]
+__all__ = ["ProbekitError", "__version__", "inspect", "load", "load_space"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from probekit import models
 
         return getattr(models, name)
+    if name == "inspect":
+        from probekit.inspector import notebook
+
+        return notebook.inspect
     raise AttributeError(f"module 'probekit' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The one progress bar."""
+"""How far a command is: the one progress bar, and what is kept where it is stopped."""
 
 from __future__ import annotations
 
@@ -26,3 +26,13 @@ def progress(title: str, total: int, done: int = 0) -> Iterator[Callable[..., No
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task(title, total=total, completed=done, said="")
         yield lambda count, said="": bar.update(task, advance=count, said=said)
+
+
+@contextlib.contextmanager
+def telling(kept: Callable[[], str]) -> Iterator[None]:
+    """Have an interruption (SIGINT, or a command's SIGTERM) say what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        stopped.args = stopped.args or (kept(),)
+        raise

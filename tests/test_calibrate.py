@@ -218,6 +218,9 @@ def test_a_role_stands_above_the_null_and_untold_pairs_do_not_count() -> None:
     assert (told["transfer"], told["null"], told["pairs"], told["role"], told["kept"]) == (0.75, 0.25, 4, True, 0.5)
     assert told["low"] < 0.75 < told["high"]
     assert not summarise(table, 0.51).role.item()
+    # four pairs tell of no threshold near a half; eighty tell that it is above a fifth
+    many = pd.concat([table] * 20)
+    assert not told["sure"] and not summarise(many, 0.5).sure.item() and summarise(many, 0.2).sure.item()
 
 
 # --- the experiment ----------------------------------------------------------------------------------------------------

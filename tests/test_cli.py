@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ from probekit.models import load
 from probekit.models.painter import Painter
 from tests.conftest import killed, probekit, process, refused
 
+MARKUP = "a red fish at the right</script><b>"
+
 
 @pytest.fixture(scope="session")
 def tiny_folder(tiny_sd: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -36,7 +39,7 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file.write_text(
         "- {original: a red fish, edit: a red star, factor: content}\n"
         "- {original: a blue ring, edit: a blue tree, factor: content, noise: 7}\n"
-        "- {original: a red fish at the left, edit: a red fish at the right, factor: structure, unrelated: a moon}\n"
+        f"- {{original: a red fish at the left, edit: '{MARKUP}', factor: structure, unrelated: a moon}}\n"
     )
     return file
 
@@ -68,8 +71,16 @@ def test_a_sweep_of_ones_own_pairs_from_start_to_report(tiny_folder: Path, pairs
         )
         assert (e - injected).abs().max() < 0.02 < (e - untouched).abs().max(), pair
     page = (out / "report.html").read_text()
-    # the page fetches nothing (the figures' metadata name vocabularies by address, which nothing opens)
-    assert "mid_block" in page and not re.search(r'(src|href)="(?!data:|#|\$)|url\((?!#)|@import|fetch\(', page)
+    # the page may fetch nothing, and names nothing (the figures' metadata name vocabularies by address, which nothing opens)
+    assert (
+        "mid_block" in page and """Content-Security-Policy" content="default-src 'none'; img-src data: blob:; style""" in page
+    )
+    assert not re.search(r'(src|href)="(?!data:|#|\$)|url\((?!#)|@import', page)
+    # without the attribute `live`, and with all pictures there, the element asks no server; prompts are no markup
+    (data,) = re.findall(r'<probekit-inspector><script type="application/json">(.*?)</script>', page)
+    (seen,) = json.loads(data)["runs"]
+    assert seen["lazy"] is None and seen["pairs"][2]["edit"] == MARKUP and MARKUP not in page
+    assert all(set(pair["pictures"]["all"]) == set(rows.layer) for pair in seen["pairs"])
     assert sorted(p.name for p in (out / "figures").iterdir()) == ["layers.png", "layers.svg", "roles.png", "roles.svg"]
 
     kept = {p: p.read_bytes() for p in out.rglob("*.parquet")}
@@ -103,7 +114,7 @@ def test_a_finished_run_is_not_made_again_and_is_shown_without_its_file_of_pairs
     mine.unlink()
     assert probekit("describe", "run", cwd=tmp_path).stdout.lstrip() == found.lstrip()
     (tmp_path / "run" / "images" / "content-00" / "O.png").unlink()
-    assert "O.png of content-00 is missing; delete units/content-00.parquet" in refused("describe", "run", cwd=tmp_path)
+    assert "O.png of content-00 is missing; the same command makes it again" in refused("describe", "run", cwd=tmp_path)
 
 
 def test_from_python_a_sweep_gives_its_findings(tiny_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
@@ -220,27 +231,31 @@ def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(
 def test_one_custom_injection_and_one_by_a_script(tiny_folder: Path, tmp_path: Path) -> None:
     prompts = ["--model", tiny_folder, "--prompt-original", "a red fish", "--prompt-edit", "a blue star", "--num-steps", "2"]
     prompts += ["--layers", "mid_block"]
-    blended = probekit("inject", "image", *prompts, "--operation", "blend", "--weight", "0.5", "--out", tmp_path / "a.png")
+    blended = probekit("inject", "image", *prompts, "--operation", "blend", "--weight", "0.5", "--out", tmp_path / "a")
     assert blended.returncode == 0, blended.stderr
     script = tmp_path / "mine.py"
     script.write_text("def operation(target, source, context):\n    return target + 0.5 * (source - target)\n")
-    assert probekit("inject", "script", script, *prompts, "--out", tmp_path / "b.png").returncode == 0
+    assert probekit("inject", "script", script, *prompts, "--out", tmp_path / "b").returncode == 0
     # the same picture, to the rounding of two ways to write it
-    assert (load_png(tmp_path / "a.png") - load_png(tmp_path / "b.png")).abs().max() <= 1.01 / 127.5
+    result = Path("images") / "together" / "result.png"
+    assert (load_png(tmp_path / "a" / result) - load_png(tmp_path / "b" / result)).abs().max() <= 1.01 / 127.5
     # from Python the same, and O and E are those of noise 0 of the seed
     options = {"model": str(tiny_folder), "prompt_original": "a red fish", "prompt_edit": "a blue star", "num_steps": 2}
-    said = InjectImage(**options, layers=["mid_block"], operation="blend", weight=0.5, out=tmp_path / "d.png").run()
-    assert said.startswith("mid_block\n") and (tmp_path / "d.png").read_bytes() == (tmp_path / "a.png").read_bytes()
-    InjectImage(**options, layers=["mid_block"], seed=6, out=tmp_path / "e.png").run()
+    InjectImage(**options, layers=["mid_block"], operation="blend", weight=0.5).run(out=tmp_path / "d")
+    for end in ("O", "E", "result"):
+        file = result.with_name(f"{end}.png")
+        assert (tmp_path / "d" / file).read_bytes() == (tmp_path / "a" / file).read_bytes()
+    InjectImage(**options, layers=["mid_block"], seed=6).run(out=tmp_path / "e")
     painter = load(tiny_folder, device="cpu").painter
     made = painter.generate(["a red fish", "a blue star"], [0, 0], seed=6, num_inference_steps=2)
-    o_and_e = to_uint8(load_png(tmp_path / "e.png"))[:, : 2 * made.shape[-1]]
-    assert abs(o_and_e.astype(int) - to_uint8(torch.cat(list(made), dim=2))).max() <= 1
+    for image, end in zip(made, "OE", strict=True):
+        written = to_uint8(load_png(tmp_path / "e" / result.with_name(f"{end}.png")))
+        assert abs(written.astype(int) - to_uint8(image)).max() <= 1
     script.write_text("def operation(target, source, context):\n    return target[0]\n")
-    assert "returned" in refused("inject", "script", script, *prompts, "--out", tmp_path / "c.png")
+    assert "returned" in refused("inject", "script", script, *prompts, "--out", tmp_path / "c")
     script.write_text("def operation(target, source, context):\n    return source.nonsense\n")
-    broken = refused("inject", "script", script, *prompts, "--out", tmp_path / "c.png")
-    assert "mine.py" in broken and "nonsense" in broken and not (tmp_path / "c.png").exists()
+    broken = refused("inject", "script", script, *prompts, "--out", tmp_path / "d2")
+    assert "mine.py" in broken and "nonsense" in broken and not [*(tmp_path / "d2" / "units").iterdir()]
 
 
 def test_layers_are_listed(tiny_folder: Path) -> None:
@@ -293,7 +308,7 @@ def bad_inputs(tiny: Path, tmp: Path) -> dict[str, tuple[list[Any], str]]:
         "no zoo model": (["zoo", "evaluate", "mini-s"], "mini-sd"),
         "pairs of one's own prompts": ([*sweep, "--pairs", "3"], "--pairs 3"),
         "windows without a map": ([*sweep, "--windows", "3"], "--by-time"),
-        "operation": (["inject", "image", *sweep[2:], "--layers", "@mid", "--operation", "mix"], "replace, blend, add"),
+        "operation": (["inject", "image", *sweep[2:], "--layers", "@mid", "--operation", "mix"], "replace, blend, add, bypass"),
         "a weight of nothing": (["inject", "image", *sweep[2:], "--layers", "@mid", "--weight", "2"], "--weight 2"),
         "an image without layers": (["inject", "image", *sweep[2:]], "--layers"),
         "no script": (["inject", "script", tmp / "no.py", *sweep[2:], "--layers", "@mid"], "cannot be read"),
@@ -367,7 +382,11 @@ def test_values_that_typer_would_refuse_are_refused_from_python_too(options: dic
     ("options", "said"),
     [
         ({"layers": []}, "--layers: name at least one"),
-        ({"out": "mine.jpg"}, "--out 'mine.jpg': name a .png file"),
+        ({"words": " "}, "--words ' ': is empty"),
+        ({"mask": "2x2:88"}, "--mask '2x2:88': write height x width"),
+        ({"mask": "2x2:0"}, "nothing lies inside it"),
+        ({"windows": 2}, "--windows 2: goes with --apart"),
+        ({"operation": "bypass", "weight": 2.0}, "--weight 2: bypass has none"),
         ({"steps": "9", "num_steps": 2}, "steps 9: the schedule has steps 0 to 1"),
         ({"operation": "mix"}, "replace, blend, add"),
         ({"weight": 2.0}, "--weight 2: replace has none"),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -161,6 +162,105 @@ def test_engines_and_shards_that_are_none_are_refused_before_anything_is_written
 ) -> None:
     assert said in refused(*RUN, *options, "--out", "refused", cwd=folder)
     assert not (folder / "refused").exists()
+
+
+# --- two at once, and what is stopped ------------------------------------------------------------------------------------
+
+
+def test_a_second_process_is_told_who_is_at_work_and_touches_nothing(marks: Path) -> None:
+    asked = counting()(marks=str(marks))
+    assert asked.run(out="run", shard="1/2") is None
+    before = contents(Path("run"))
+    opened = Run.opened(Path("run"))
+    with opened.held(shared=False):
+        for shard in (None, "2/2"):
+            with pytest.raises(
+                ProbekitError, match=rf"--out 'run': process {os.getpid()} on .*; wait until it has ended"
+            ) as error:
+                asked.run(out="run", shard=shard)
+            assert "\n" not in str(error.value)
+    assert contents(Path("run")) == before
+    with opened.held(shared=True):  # as a shard does
+        with pytest.raises(ProbekitError, match=rf"--out 'run': process {os.getpid()} on"):
+            asked.run(out="run")
+        assert asked.run(out="run", shard="2/2") is not None
+    assert not (Path("run") / "locks").exists()
+
+
+def test_a_shard_leaves_out_a_unit_that_another_process_holds(marks: Path) -> None:
+    asked = counting()(marks=str(marks))
+    opened = Run(Path("run"), asked.name, asked.options, {}, asked.command)
+    with opened.held(shared=True), opened.claimed("square 3", wait=False) as ours:
+        assert ours and asked.run(out="run", shard="2/2") is None and asked.run(out="run", shard="1/2") is None
+    assert tried(marks) == {"square 0": 1, "square 1": 1, "square 2": 1}
+    assert asked.run(out="run", shard="2/2").rows.value.tolist() == [0, 1, 4, 9, 14]
+
+
+@pytest.mark.parametrize("stage", ["work", "findings"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_stops_a_command_has_it_say_what_is_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, stage: str, number: signal.Signals, code: int
+) -> None:
+    original, called = getattr(NoiseMapRun, stage), []
+
+    def stopped(*given: Any) -> Any:
+        called.append(given)
+        if len(called) == (3 if stage == "work" else 1):
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        return original(*given)
+
+    monkeypatch.setattr(NoiseMapRun, stage, stopped)
+    name = f"stopped-{stage}-{code}"
+    if stage == "findings":
+        shutil.copytree(folder / "local", folder / name)
+    done = probekit(*RUN, "--out", name, cwd=folder)
+    kept = {"work": 2, "findings": 12}[stage]
+    assert done.returncode == code
+    assert done.stderr == f"probekit: interrupted: {kept} of 12 units are kept in {name}; the same command goes on from there\n"
+    assert not list((folder / name).rglob("*.partial")) and not (folder / name / "locks").exists()
+
+
+# --- what is damaged -----------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "flipped": flipped,
+    "emptied": lambda content: b"",
+    "cut": lambda content: content[:-5],
+    "zeroed": lambda content: bytes(len(content)),
+}
+
+
+@pytest.mark.parametrize(
+    "file", ["units/square_1.parquet", "states/square_1/square.npy", "checksums/unit-square_1.json", "results.parquet"]
+)
+def test_what_is_damaged_is_done_again_and_said(marks: Path, file: str, capfd: pytest.CaptureFixture[str]) -> None:
+    asked = counting()(marks=str(marks))
+    asked.run(out="run")
+    path, before = Path("run") / file, contents(Path("run"))
+    capfd.readouterr()
+    for number, damage in enumerate([*DAMAGES.values(), None], start=1):
+        if damage is None:  # a folder in its place
+            path.unlink()
+            (path / "inside").mkdir(parents=True)
+        else:
+            path.write_bytes(damage(before[file]))
+        asked.run(out="run")
+        assert contents(Path("run")) == before
+        said = capfd.readouterr().out
+        if file != "results.parquet":  # which is written anew in any case
+            assert "square_1" in said and "is damaged or missing; its unit is done again" in said
+            assert tried(marks) == {"square 0": 1, "square 1": 1 + number, "square 2": 1, "square 3": 1}
 
 
 # --- shards ------------------------------------------------------------------------------------------------------------

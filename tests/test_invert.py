@@ -13,11 +13,16 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from probekit import ProbekitError, load
+from probekit import ProbekitError, load, seeds
 from probekit.data import load_data
 from probekit.experiments import InvertInterpolate, InvertRun, InvertTrajectory, invert_trajectory
+from probekit.experiments.denoising import METHODS
+from probekit.metrics.geometry import interpolation_distances, top_correlations
+from probekit.report.inversion import headline as inversion_headline
+from probekit.report.trajectory import headline as trajectory_headline
 from probekit.runs.folder import Run
 from probekit.sampling import Diffusion, invert, sample
+from probekit.sampling.gaussian import Gaussian
 from probekit.sampling.inversions import INVERSIONS, inverted, restored
 from tests.conftest import killed, killed_once, probekit, refused, smooth
 
@@ -93,7 +98,7 @@ def test_latents_are_those_of_the_space_byte_for_byte(folder: Path, finished: Pa
     assert kept.tobytes() == space.encode(images).numpy().tobytes()
 
 
-@pytest.mark.parametrize("method", list(INVERSIONS))
+@pytest.mark.parametrize("method", METHODS.split(","))
 def test_a_unit_s_arrays_are_the_way_there_and_back_in_the_precision_that_it_needs(
     folder: Path, finished: Path, method: str
 ) -> None:
@@ -178,6 +183,33 @@ def test_shards_in_any_order_give_the_bytes_of_one_run(
     assert (folder / name / "results.parquet").read_bytes() == (folder / "unsharded" / "results.parquet").read_bytes()
 
 
+def test_every_inversion_runs_wherever_inversions_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    for model in ("ddpm", "flow"):
+        chosen = [name for name, inversion in INVERSIONS.items() if model == "flow" or not inversion.flows]
+        asked = InvertRun(model=model, steps=6, n=20, methods=",".join(chosen), device="cpu", batch_size=10)
+        found = asked.run(out=f"all-{model}")
+        value = found.rows.set_index(["method", "measure"]).value
+        assert set(chosen) <= set(found.rows.method) and all(name in found.says for name in chosen)
+        for name, inversion in INVERSIONS.items():
+            if inversion.parts(6) > 1:
+                assert value[name, "round-trip error"] < 1e-6
+        assert value["newton", "steps unsolved"] <= value["fixed-point", "steps unsolved"]
+        # drawn in two batches or in one, a picture's noise is its own
+        run = Run.opened(folder / f"all-{model}")
+        states = torch.from_numpy(run.arrays("samples-6-0000000")["states"])
+        diffusion, maps = diffusion_of(folder, model), run.arrays("edit-friendly-0000000")["latents"]
+        fresh = seeds.fresh_noise((6, 3, 8, 8), range(20), 0)
+        expected = inverted(diffusion, "edit-friendly", states, diffusion.schedule(6), fresh).end.float()
+        assert torch.allclose(torch.from_numpy(maps), expected, atol=1e-3)
+    between = InvertInterpolate(
+        model="ddpm", steps=4, frames=3, data="folder:images", methods="bdia,belm,edit-friendly", device="cpu"
+    ).run(out="between-all")
+    assert between.rows.end_error.max() < 1e-5
+    for method in ("belm", "edit-friendly"):
+        InvertTrajectory(model="ddpm", steps=4, n=4, method=method, device="cpu").run(out=f"way-{method}")
+
+
 def test_images_of_ones_own_are_inverted(folder: Path) -> None:
     options = ["--methods", "plain,edict", "--data", "folder:images", "--split", "train"]
     made = probekit(*RUN, *options, "--out", "own", cwd=folder)
@@ -199,7 +231,9 @@ def test_a_rectified_flow_s_trajectory_is_held_against_every_point(folder: Path)
     made = probekit("invert", "trajectory", *options, "--out", "way", cwd=folder)
     assert made.returncode == 0, made.stderr
     rows = pd.read_parquet(folder / "way" / "results.parquet")
-    assert len(rows) == 9 * 25 and set(rows.n) == {6}
+    assert set(rows.n) == {6} and set(rows.by) == {"model"}  # nobody knows what it was trained on
+    passed, rows = rows[rows.measure.notna()].set_index("measure"), rows[rows.distance.notna()]
+    assert len(rows) == 9 * 25
     diffusion = diffusion_of(folder, "flow")
     noise, schedule = diffusion.noise(range(6), 0), diffusion.schedule(8)
     end = sample(diffusion.denoiser(6), noise, schedule).end
@@ -207,10 +241,109 @@ def test_a_rectified_flow_s_trajectory_is_held_against_every_point(folder: Path)
     first = rows.pivot(index="step", columns="point", values="distance").to_numpy()
     assert first[0, 0] == 0 and first[0, -1] == pytest.approx((noise - latent).flatten(1).norm(dim=1).mean().item(), rel=1e-4)
     assert first[8, -1] == pytest.approx((end - latent).flatten(1).norm(dim=1).mean().item(), rel=1e-4)
-    assert "nearest to the latent after" in made.stdout
+    assert (passed.value["start"], passed.value["end"]) == pytest.approx((first[0, -1], first[8, -1]), rel=1e-6)
+    assert passed.value["nearest"] == first[:, -1].argmin() / 8 and passed.value["there"] == pytest.approx(first[:, -1].min())
+    assert (passed.low <= passed.value).all() and (passed.value <= passed.high).all()
+    assert "The way only goes away from the latent" in made.stdout and passed.high["nearest"] == 0
     assert probekit("describe", "way", cwd=folder).returncode == 0
     page = (folder / "way" / "report.html").read_text()
-    assert page.count('<img alt="" src="data:image/png') == 18 and "nearest to the latent after" in page
+    assert page.count('<img alt="" src="data:image/png') == 18 and "The way only goes away from the latent" in page
+
+
+def best(folder: Path, data: torch.Tensor, method: str) -> list[torch.Tensor]:
+    """Every state, the latents and what they lead back to, by the best denoiser of these data, for the noises of `RUN`."""
+    diffusion, inversion = diffusion_of(folder), INVERSIONS[method]
+    schedule, denoiser = diffusion.schedule(20), Gaussian.of(data).denoiser(diffusion.schedule(20))
+    noise, fresh = (draw(range(24), 0).double() for draw in (diffusion.noise, diffusion.fresh_noise))
+    walked = sample(denoiser, noise, schedule, keep=range(21))
+    latents = inversion.invert(denoiser, walked.end, schedule, fresh, 1).end
+    back = inversion.back(denoiser, latents, schedule).end
+    return [*(walked.kept[i] for i in range(21)), latents[:, 0] if inversion.parts(20) > 1 else latents, back]
+
+
+THEORY = ["--theory", "folder:images"]
+
+
+def test_second_moments_predict_what_the_latents_of_every_inversion_measure(folder: Path) -> None:
+    methods = ("plain", "renoised", "edict")
+    made = probekit(*RUN, *THEORY, "--methods", ",".join(methods), "--out", "theory", cwd=folder)
+    assert made.returncode == 0, made.stderr
+    assert "normal with their mean and covariance, the plain latents of the best denoiser would have" in made.stdout
+    page = (folder / "theory" / "report.html").read_text()
+    assert "What second moments alone predict" in page and "second moments of the data" in page
+    rows = pd.read_parquet(folder / "theory" / "results.parquet").set_index(["method", "measure"])
+    pictures = load_data(f"folder:{folder / 'images'}", 8)
+    known = {"predicted": pictures.images(pictures.split("train"))}
+    known["predicted_of_samples"] = torch.from_numpy(Run.opened(folder / "theory").arrays("samples-20-0000000")["states"])
+    noise = diffusion_of(folder).noise(range(24), 0)
+    for column, data in known.items():
+        for method in methods:
+            *_, images, latents, back = best(folder, data, method)
+            expected = {
+                "std of values": latents.std(),
+                "top-10 correlation": torch.tensor(top_correlations(latents.float())[0]),
+                "error to the noise": (latents - noise).flatten(1).square().mean(1).sqrt().mean(),
+                "distance noise-sample": (images - noise).flatten(1).norm(dim=1).mean(),
+                "round-trip error": (back - images).flatten(1).square().mean(1).sqrt().mean(),
+            }
+            for measure, value in expected.items():
+                assert rows[column][method, measure] == pytest.approx(float(value), rel=1e-5, abs=1e-6), (method, measure)
+    told = rows.loc[
+        [(m, measure) for m in methods for measure in ("std of values", "top-10 correlation", "error to the noise")]
+    ]
+    assert (told.beyond_low <= told.value - told.predicted).all() and (told.value - told.predicted <= told.beyond_high).all()
+    whole = pd.read_parquet(folder / "theory" / "results.parquet")
+    assert whole[whole.method.isin(["noise", "sample"])].predicted.isna().all()
+
+
+def test_second_moments_predict_where_the_way_passes_the_latent(folder: Path) -> None:
+    options = ["--model", "ddpm", "--steps", "20", "--n", "24", "--device", "cpu", *THEORY, "--out", "predicted-way"]
+    made = probekit("invert", "trajectory", *options, cwd=folder)
+    assert made.returncode == 0, made.stderr
+    assert "normal with their mean and covariance, the way of the best denoiser would be nearest after" in made.stdout
+    rows = pd.read_parquet(folder / "predicted-way" / "results.parquet")
+    pictures = load_data(f"folder:{folder / 'images'}", 8)
+    known = {"data": pictures.images(pictures.split("train"))}
+    known["samples"] = torch.from_numpy(Run.opened(folder / "predicted-way").arrays("block-000000")["states"])
+    noise, model = diffusion_of(folder).noise(range(24), 0), rows[rows.by == "model"].set_index("measure").value
+    for by, data in known.items():
+        *states, latents, _ = best(folder, data, "plain")
+        own = rows[rows.by == by]
+        grid = own[own.distance.notna()].pivot(index="step", columns="point", values="distance").to_numpy()
+        assert np.allclose(grid, interpolation_distances(states, noise.double(), latents).numpy(), rtol=1e-6)
+        passed = own[own.measure.notna()].set_index("measure").value
+        assert passed["nearest"] == grid[:, -1].argmin() / 20 and passed["there"] == pytest.approx(grid[:, -1].min())
+        for measure in ("nearest", "there"):
+            assert passed[f"beyond {measure}"] == pytest.approx(model[measure] - passed[measure])
+
+
+def test_what_cannot_be_told_is_said_so(folder: Path, finished: Path) -> None:
+    rows = pd.read_parquet(finished / "results.parquet")
+    areas = rows.measure == "error to the noise, plain less textured areas"
+    for low, high, said in (
+        (0.1, 0.3, "it is the plain areas that inversion gets wrong"),
+        (-0.3, -0.1, "it is the textured areas that inversion gets wrong"),
+        (-0.1, 0.3, "which of them inversion gets more wrong cannot be told"),
+    ):
+        rows.loc[areas, ["value", "low", "high"]] = (low + high) / 2, low, high
+        for area in ("plain", "textured"):
+            rows.loc[rows.measure == f"error to the noise, {area} areas", "value"] = 0.5
+        assert said in inversion_headline(rows)
+    trips = rows.measure == "round-trip error"
+    assert "The most faithful way there and back is edict;" in inversion_headline(rows)
+    rows.loc[trips, ["low", "high"]] = 0.0, 1.0
+    assert "which cannot be told apart" in inversion_headline(rows)
+
+    def passed(nearest: tuple[float, float, float], nearer: tuple[float, float, float]) -> str:
+        told = {"nearest": nearest, "there": (3, 3, 3), "start": (4, 4, 4), "end": (9, 9, 9), "nearer": nearer}
+        frame = pd.DataFrame([(m, *v) for m, v in told.items()], columns=["measure", "value", "low", "high"])
+        return trajectory_headline(frame.assign(by="model", distance=np.nan))
+
+    assert passed((0, 0, 0), (0, 0, 0)).startswith("The way only goes away from the latent")
+    assert "Whether it comes nearer at all than it starts cannot be told." in passed((0.2, 0, 0.4), (0.1, 0, 0.2))
+    assert passed((0.6, 0.55, 0.65), (1, 0.9, 1.1)).endswith("and so it is here.")
+    assert passed((0.4, 0.35, 0.45), (1, 0.9, 1.1)).endswith("here it is earlier than that.")
+    assert passed((0.5, 0.45, 0.55), (1, 0.9, 1.1)).endswith("whether it is within cannot be told.")
 
 
 def test_a_trajectory_is_the_same_however_many_rows_go_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +364,8 @@ def test_a_killed_trajectory_goes_on_with_another_batch_size_and_counts_no_row_t
     arguments = ["invert", "trajectory", "--model", "ddpm", "--steps", "10", "--n", "192", "--device", "cpu"]
     killed_once([*arguments, "--batch-size", "64"], folder, "cut", again=[*arguments, "--batch-size", "48"])
     rows = pd.read_parquet(folder / "cut" / "results.parquet")
-    assert len(rows) == 3 * 11 * 25 and rows.n.sum() == 192 * 11 * 25
+    assert len(rows[rows.distance.notna()]) == 3 * 11 * 25 and rows.n[rows.distance.notna()].sum() == 192 * 11 * 25
+    assert set(rows.n[rows.measure.notna()]) == {192}
 
 
 @pytest.mark.slow
@@ -270,8 +404,11 @@ def test_two_images_become_each_other(folder: Path) -> None:
 def test_a_trajectory_and_an_interpolation_from_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     ways: list[tuple[Any, str]] = [
-        (InvertTrajectory(model="ddpm", steps=4, n=70, device="cpu"), "nearest to the latent after"),
-        (InvertInterpolate(model="ddpm", steps=4, frames=3, data="folder:images", device="cpu"), "The shortest way is that of"),
+        (InvertTrajectory(model="ddpm", steps=4, n=70, device="cpu"), "The paper found 50% to 70%"),
+        (
+            InvertInterpolate(model="ddpm", steps=4, frames=3, data="folder:images", device="cpu"),
+            "Between these two images the shortest way is that of",
+        ),
     ]
     for asked, said in ways:
         found = asked.run(out=f"python-{asked.name}")
@@ -292,10 +429,11 @@ def test_a_trajectory_and_an_interpolation_from_python(folder: Path, monkeypatch
     [
         (
             ["--methods", "plain,backwards"],
-            "--methods 'plain,backwards': inversion 'backwards': choose plain, fixed-point, renoised",
+            "--methods 'plain,backwards': inversion 'backwards': choose plain, fixed-point, newton",
         ),
         (["--methods", "plain,plain"], "--methods 'plain,plain': 'plain' stands there twice"),
         (["--methods", ","], "--methods ',': names none"),
+        (["--methods", "plain,rf-solver"], "inversion 'rf-solver': is for rectified flows, the network predicts epsilon"),
         (["--steps", "2000"], "steps 2000: choose 1 to 1000"),
         (["--steps", "20", "--renoised", "21"], "--renoised 21: there are 20 steps"),
         (["--seed", "99999999999999999"], "--seed"),

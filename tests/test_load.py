@@ -501,7 +501,20 @@ RUN = {
     "NEWOBJ": name("subprocess", "Popen") + tuple_of(plain(["touch", "ran"])) + b"\x81",
     "STACK_GLOBAL": plain("os") + plain("system") + b"\x93" + tuple_of(plain(TOUCH)) + b"R",
     "open": call("io", "open", plain("ran"), plain("w")),
+    "popen": call("os", "popen", plain(TOUCH)),
+    "_spawnvef": call("os", "spawnvp", plain(0), plain("touch"), plain(["touch", "ran"])),
+    "timeit": call("timeit", "timeit", plain(f"__import__('os').system({TOUCH!r})"), plain(""), name("time", "time"), plain(1)),
+    "cProfile": call("cProfile", "run", plain(f"__import__('os').system({TOUCH!r})")),
+    "runpy": call("runpy", "_run_code", plain(""), plain({})),
+    "pydoc": call("pydoc", "pipepager", plain(""), plain(TOUCH)),
+    "pty": call("pty", "spawn", plain(["touch", "ran"])),
+    "methodcaller": call("operator", "methodcaller", plain("system"), plain(TOUCH)) + tuple_of(name("os", "__name__")) + b"R",
+    "torch.save": call("torch", "save", plain([1]), plain("ran")),
+    "torch.hub": call("torch.hub", "load", plain("."), plain("mine"), plain("local")),
+    "CDLL": call("ctypes", "CDLL", plain("./ran.so")),
+    "code": call("code", "interact", plain("")),
 }
+"""Gadgets: what pickles are known to call."""
 CALLS = {
     "import": call("importlib", "import_module", plain("antigravity")),
     "_reconstructor of a type": call("copyreg", "_reconstructor", name("builtins", "object"), name("builtins", "object"), b"N"),
@@ -535,7 +548,19 @@ CALLS = {
 
 def test_the_payloads_do_run_where_a_pickle_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for body in ("posix.system", "eval", "exec", "check_output", "INST", "OBJ", "STACK_GLOBAL", "open", "partial", "getattr"):
+    for body in (
+        "posix.system",
+        "eval",
+        "exec",
+        "check_output",
+        "INST",
+        "OBJ",
+        "STACK_GLOBAL",
+        "open",
+        "partial",
+        "getattr",
+        "timeit",
+    ):
         pickle.loads(whole(RUN[body]))
         assert (tmp_path / "ran").exists(), body
         (tmp_path / "ran").unlink()

@@ -164,13 +164,13 @@ def test_what_is_said_names_who_carries_what_and_what_no_layer_carries() -> None
     said = re.sub(r"0\.\d\d", "#", says(summary))
     assert said == (
         "By the scene reader, structure comes over with a (#) and b (#); surface comes over with c (#); "
-        "everything comes over with d (#); no layer carries content alone."
+        "everything comes over with d (#); no layer is shown to carry content alone."
     )
     both = pd.concat([rows, rows.assign(window="0%-50%")])
     assert says(Summary.of(["all", "0%-50%"], both)).startswith("At all steps, by the scene reader, structure")
     assert says(Summary.of(["0%-50%", "all"], both)).startswith("At steps 0%-50%, by the scene reader, structure")
     many = [made_up(of(0.9, 0.1, 0.2), layer=f"layer{i}").assign(order=i) for i in range(6)]
-    assert "and 3 others; no layer carries content or surface alone." in says(Summary.of(["all"], pd.concat(many)))
+    assert "and 3 others; no layer is shown to carry content or surface alone." in says(Summary.of(["all"], pd.concat(many)))
 
 
 def test_what_is_said_of_few_pairs_one_factor_and_no_role_at_all() -> None:
@@ -179,7 +179,7 @@ def test_what_is_said_of_few_pairs_one_factor_and_no_role_at_all() -> None:
     one = says(Summary.of(["all"], made_up(of(1.0, 0.1, 0.2), pairs=1)))
     assert one.startswith("No layer can have a role: one pair of a factor")
     nothing = says(Summary.of(["all"], made_up(of(0.1, 0.1, 0.1))))
-    assert nothing == "By the scene reader, no layer carries structure, content or surface alone."
+    assert nothing == "By the scene reader, no layer is shown to carry structure, content or surface alone."
     two = [made_up({"own": (mean, 0.02)}, layer=layer) for layer, mean in (("a", 0.3), ("b", 0.8))]
     alone = says(Summary.of(["all"], pd.concat(two)))
     assert alone.startswith("By the scene reader, most comes over with b (0.") and "One factor alone gives no roles" in alone

@@ -73,8 +73,8 @@ def test_second_moments_predict_the_map_as_the_best_denoiser_of_normal_data_make
     assert whole.predicted.isna().all()  # nobody knows what a folder's model was trained on
     assert "If " not in (folder / "whole" / "report.html").read_text()
     assert "data set 'nowhere': choose avatars" in refused(*RUN, "--theory", "nowhere", cwd=folder)
-    assert NoiseMapRun(model="avatar-ldm", device="cpu")._data is not None
-    assert NoiseMapRun(model="avatar-ldm", theory="none", device="cpu")._data is None
+    assert NoiseMapRun(model="avatar-ldm", device="cpu").trained_on is not None
+    assert NoiseMapRun(model="avatar-ldm", theory="none", device="cpu").trained_on is None
 
 
 def test_what_is_beyond_second_moments_is_told_from_what_is_not() -> None:

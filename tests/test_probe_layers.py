@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from probekit import ProbekitError, hooks, load
+from probekit.checksums import sealed, unsealed
 from probekit.data import load_data
 from probekit.experiments.probe_layers import INPUT, PIXELS, ProbeLayers, Spool
 from probekit.latents.positions import at_positions
@@ -303,7 +304,12 @@ def test_first_best_and_when_are_told() -> None:
     (told,) = known(planted()).itertuples()
     assert (told.best, told.t, told.value, told.first, told.since) == ("b", 100.0, 1.0, "b", 800.0)
     assert (told.pixels, told.input, told.untrained) == (0.3, 0.25, 0.97)
-    assert headline(known(planted()), "with") == ("Known best, told the caption: kind by b at t = 100 (1.00, untrained 0.97).")
+    assert headline(known(planted()), "with") == (
+        "Known best, told the caption: kind by b at t = 100 (1.00, untrained 0.97; 1 other cannot be told from it)."
+    )
+    apart = planted()
+    apart.loc[apart.layer == "c", "high"] -= 0.1
+    assert headline(known(apart), "with").endswith("(1.00, untrained 0.97).")
 
 
 def test_a_layer_knows_above_its_untrained_self_and_carries_above_the_null() -> None:
@@ -323,8 +329,8 @@ def test_a_layer_knows_above_its_untrained_self_and_carries_above_the_null() -> 
     assert b.knows == pytest.approx((0.85 - 0.2) / 0.8) and b.knows_low == pytest.approx((0.8 - 0.2) / 0.8)
     assert b.untrained == pytest.approx(0) and b.carries == pytest.approx(0.4)
     assert knows_against_carries(judged, swept, "with") == (
-        "Knows against carries, told the caption, at all steps: content is known and not carried by b, carried and not known "
-        "by c, both by a."
+        "Knows against carries, told the caption, at all steps: content is known and not shown to be carried by b, carried "
+        "and not shown to be known by c, both by a."
     )
     for record in numbers:
         record["low"] = 0.1
@@ -378,14 +384,14 @@ def test_a_sweep_that_is_none_or_of_something_else_is_refused(folder: Path) -> N
     assert "--against 'nowhere': no run folder" in refused(*RUN, "--against", "nowhere", "--out", "run")
     (folder / "swept" / "results.parquet").unlink()
     assert "--against 'swept': not finished" in refused(*RUN, "--against", "swept", "--out", "run")
-    config = (folder / "swept" / "config.json").read_text()
-    (folder / "swept" / "config.json").write_text(config.replace("inject-sweep", "stitch-run"))
+    config = folder / "swept" / "config.json"
+    config.write_bytes(sealed(unsealed(config.read_bytes()) | {"experiment": "stitch-run"}))
     assert "--against 'swept': of stitch-run" in refused(*RUN, "--against", "swept", "--out", "run")
     shutil.rmtree(folder / "swept")
     assert probekit(*sweep, "sd", "--pairs", 1).returncode == 0
     digest = load("sd", device="cpu").digest
-    config = (folder / "swept" / "config.json").read_text()
-    (folder / "swept" / "config.json").write_text(config.replace(digest, "0123456789ab"))
+    told = unsealed(config.read_bytes())
+    config.write_bytes(sealed(told | {"inputs": told["inputs"] | {"model_digest": "0123456789ab"}}))
     said = refused(*RUN, "--against", "swept", "--out", "run")
     assert "is of another model (0123456789ab" in said and digest in said
     assert not (folder / "run").exists()

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from probekit import hooks, load
+from probekit.checksums import sealed, unsealed
 from probekit.models import Model, hub, memory
 from tests.conftest import probekit, process, refused
 from tests.pipelines import PIPELINES
@@ -221,9 +222,10 @@ def test_a_sweep_says_beforehand_what_it_takes(tmp_path: Path) -> None:
     assert done.returncode == 0 and said, done.stdout
     again = probekit(*sweep, "--out", "run", cwd=tmp_path)
     assert "at a time" not in again.stdout  # nothing is left to do
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    file = tmp_path / "run" / "config.json"
+    config = unsealed(file.read_bytes())
     del config["options"]["variant"]
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    file.write_bytes(sealed(config))
     older = probekit("describe", "run", cwd=tmp_path)
     assert older.returncode == 0, older.stderr  # a run from before there was that option
 

@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 import torch
 
+import probekit
 from probekit import ProbekitError
 from probekit.experiments.noise_map_run import NoiseMapRun
 from probekit.images import as_pictures, load_png, save_png
 from probekit.runs.experiment import Work
-from probekit.runs.folder import Run, Stacked
+from probekit.runs.folder import FORM, Run, Stacked
 
 ROWS = pd.DataFrame({"pair": ["a"], "transfer": [0.5]})
 PICTURES = {"O": torch.zeros(3, 4, 4)}
@@ -71,16 +72,20 @@ def test_names_of_units_are_file_names_only_on_the_disk(tmp_path: Path) -> None:
 def test_what_a_kill_leaves_of_a_unit_does_not_count_and_is_replaced(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", "inject-sweep", {})
     for part in ("images", "states"):
-        (run.folder / part / "a.partial").mkdir()
+        (run.folder / part / "a.0123456789ab.partial").mkdir()
         (run.folder / part / "a").mkdir()
     (run.folder / "images" / "a" / "stale.png").write_bytes(b"half")
     (run.folder / "states" / "a" / "stale.npy").write_bytes(b"half")
-    (run.folder / "units" / "a.parquet.partial").write_bytes(b"half")
+    (run.folder / "units" / "a.parquet.0123456789ab.partial").write_bytes(b"half")
+    (run.folder / "mine.partial").write_bytes(b"of somebody else")
     assert not run.finished("a")
     run.write("a", WORK)
     assert run.finished("a")
     assert [p.name for p in (run.folder / "images" / "a").iterdir()] == ["O.png"]
     assert list(run.arrays("a")) == ["noise"]
+    with run.held(shared=False):
+        pass
+    assert list(run.folder.rglob("*.partial")) == [run.folder / "mine.partial"] and not (run.folder / "locks").exists()
 
 
 def test_a_unit_that_another_process_has_done_keeps_its_rows(tmp_path: Path) -> None:
@@ -101,7 +106,7 @@ def test_arrays_are_read_from_the_disk_and_writing_to_them_changes_nothing_there
     assert run.arrays("a")["noise"].tolist() == WORK.arrays["noise"].tolist()
     file = run.array("a", "noise")
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ProbekitError, match="the arrays of 'a' are damaged; delete them and its unit") as error:
+    with pytest.raises(ProbekitError, match="the arrays of 'a' are damaged; the same command makes them again") as error:
         run.arrays("a")
     said(error)
 
@@ -120,7 +125,7 @@ def test_arrays_of_several_units_are_one_of_which_slices_are_read(tmp_path: Path
     with pytest.raises(ProbekitError, match=r"rows \(4,\) of float64, not \(3,\) of float64") as error:
         Stacked([run.array(name, "states") for name in "ad"])
     said(error)
-    with pytest.raises(ProbekitError, match="is damaged or missing; delete its unit") as error:
+    with pytest.raises(ProbekitError, match="is damaged or missing; the same command makes it again") as error:
         Stacked([run.array("e", "states")])
     said(error)
 
@@ -163,27 +168,33 @@ def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
 def test_a_config_that_is_damaged_or_of_another_form_is_refused(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", "inject-sweep", {"seed": 0})
     file = run.folder / "config.json"
+    whole = file.read_bytes()
     for content in (
-        "{",
-        "[]",
-        "3",
-        "{}",
-        json.dumps(run.config | {"options": None}),
-        json.dumps({"form": 2}),
-        "[" * 100_000,
-        "\ud800",
+        b"{",
+        b"[]",
+        b"3",
+        b"{}",
+        b"",
+        bytes(len(whole)),
+        json.dumps(run.config | {"options": None}).encode(),
+        whole.replace(b'"seed": 0', b'"seed": 1'),
+        json.dumps({"form": FORM}).encode(),
+        b"[" * 100_000,
+        b'{"form": ' + b"[" * 100_000,
+        "\ud800".encode(errors="surrogatepass"),
     ):
-        file.write_text(content, errors="surrogatepass")
-        with pytest.raises(ProbekitError, match=r"config\.json is damaged") as error:
-            Run.opened(run.folder)
-        said(error)
-    for form, told in (({"form": 1}, "form 1"), ({}, "form 1"), ({"form": 7}, "form 7")):
+        file.write_bytes(content)
+        for use in (lambda: Run.opened(run.folder), lambda: Run(run.folder, "inject-sweep", {"seed": 0})):
+            with pytest.raises(ProbekitError, match=r"config\.json is damaged") as error:
+                use()
+            said(error)
+    for form, told in (({"form": 1}, "form 1"), ({}, "form 1"), ({"form": 2}, "form 2"), ({"form": 7}, "form 7")):
         old = {key: value for key, value in run.config.items() if key != "form"} | form
         file.write_text(json.dumps(old))
         for use in (lambda: Run.opened(run.folder), lambda: Run(run.folder, "inject-sweep", {"seed": 0})):
-            with pytest.raises(ProbekitError, match=f"in {told}, this one reads form 2; run it again elsewhere") as error:
+            with pytest.raises(ProbekitError, match=f"in {told}, this one reads form {FORM}; run it again elsewhere") as error:
                 use()
-            said(error)
+            assert probekit.__version__ in said(error)
 
 
 def test_results_that_are_damaged_are_refused(tmp_path: Path) -> None:
@@ -191,7 +202,7 @@ def test_results_that_are_damaged_are_refused(tmp_path: Path) -> None:
     run.write("a", WORK)
     run.collect(["a"])
     (run.folder / "results.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ProbekitError, match=r"its results\.parquet is damaged; delete it and start the run again") as error:
+    with pytest.raises(ProbekitError, match=r"results\.parquet is damaged; the same command makes it again") as error:
         run.results()
     said(error)
 

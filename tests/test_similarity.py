@@ -8,10 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from probekit.hooks.errors import ProbekitError
 from probekit.metrics import distributions, lpips
-from probekit.metrics.distributions import alexnet_features, bootstrap, frechet, inception_features, inception_fid
+from probekit.metrics.distributions import alexnet_features, bootstrap, frechet, inception_features, inception_fid, jackknife
 from probekit.metrics.similarity import cka, mutual_knn, svcca
 
 draw = np.random.default_rng
@@ -277,3 +278,26 @@ def test_the_bootstrap_refuses_no_rows() -> None:
     for statistic, n in (([], None), (lambda rows: 0.0, None), (lambda rows: 0.0, 0)):
         with pytest.raises(ProbekitError, match="needs 1 or more"):
             bootstrap(statistic, n)
+
+
+def test_the_jackknife_of_a_mean_is_the_t_interval_of_its_groups() -> None:
+    values = np.random.default_rng(0).standard_normal(400)
+    means = values.reshape(50, 8).mean(0)
+    expected = stats.t.interval(0.95, 7, means.mean(), means.std(ddof=1) / 8**0.5)
+    value, low, high = jackknife(lambda rows: values[rows].mean(), 400)
+    assert value == pytest.approx(values.mean()) and (low, high) == pytest.approx(expected)
+
+
+def test_the_jackknife_covers_the_truth_as_often_as_it_says() -> None:
+    inside = 0
+    for seed in range(300):
+        values = np.random.default_rng(seed).standard_normal(80)
+        _, low, high = jackknife(lambda rows, values=values: values[rows].std(ddof=1), 80)
+        inside += low <= 1 <= high
+    assert abs(inside / 300 - 0.95) < 0.05
+
+
+def test_a_jackknife_needs_a_row_for_every_group() -> None:
+    for n, groups in ((7, 8), (20, 1)):
+        with pytest.raises(ProbekitError, match=f"jackknife of {n} rows in {groups} groups"):
+            jackknife(lambda rows: 0.0, n, groups=groups)

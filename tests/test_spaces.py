@@ -189,21 +189,42 @@ def test_an_activation_in_an_image_of_one_s_own_gives_what_sampling_from_the_noi
     said(error)
 
 
-@pytest.mark.parametrize("method", INVERSIONS)
+@pytest.mark.parametrize("method", [name for name, inversion in INVERSIONS.items() if not inversion.flows])
 def test_inversions_of_every_method_lead_there_and_back(mini_sd: Model, method: str) -> None:
-    steps = 50 if method in ("plain", "renoised") else 10  # those that solve their steps are exact in few
+    inversion, steps = INVERSIONS[method], 50 if method in ("plain", "renoised") else 10  # those that solve are exact in few
     space, code = mini_sd.space(f"inverted:method={method}:steps={steps}"), mini_sd.space("code")
     images = code.decode(code.encode(load_data("scenes", 64).images([3])))
     latents = space.encode(images, seeded())
-    assert space.shape == ((2, 4, 16, 16) if method == "edict" else (4, 16, 16)) and latents.std() < 1.5
+    parts = inversion.parts(steps)
+    assert space.shape == ((parts, 4, 16, 16) if parts > 1 else (4, 16, 16)) and latents.std() < 1.6
     # only fresh noise depends on the generator
-    assert torch.equal(latents, space.encode(images, seeded(1))) == (method != "renoised")
+    assert torch.equal(latents, space.encode(images, seeded(1))) == (inversion.draws(steps) == 0)
     error = (space.decode(latents) - code.decode(code.encode(images))).square().mean()
-    assert error < {"plain": 1e-3, "fixed-point": 1e-5, "renoised": 2e-3, "edict": 1e-10}[method]
+    assert error < ({"plain": 1e-3, "renoised": 2e-3, "renoise": 1e-3} | dict.fromkeys(["fixed-point", "newton"], 1e-5)).get(
+        method, 1e-10
+    )
     drawn = space.sample(2, seeded())
     assert drawn.shape == (2, *space.shape)
     expected = mini_sd.space("noise").sample(2, seeded())
-    assert torch.equal(drawn[:, 0] if method == "edict" else drawn, expected)
+    if method == "edit-friendly":  # whose prior has as many noises as it has maps
+        assert drawn.std().item() == pytest.approx(1, abs=0.02)
+    else:
+        assert torch.equal((drawn[:, 0] if parts > 1 else drawn).float(), expected)
+    if method in ("bdia", "belm"):  # from noise, sampling begins as it does without an inversion
+        begun = sample(mini_sd.diffusion.denoiser(2), expected, mini_sd.diffusion.schedule(steps), keep=[1]).kept[1]
+        assert torch.allclose(drawn[:, 1].float(), begun, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["rf-solver", "fireflow"])
+def test_inversions_for_flows_are_refused_of_diffusion_and_lead_back_of_flows(mini_sd: Model, method: str) -> None:
+    with pytest.raises(ProbekitError, match=f"inversion '{method}': is for rectified flows, the network") as error:
+        mini_sd.space("inverted", method=method)
+    said(error)
+    flow = load("mini-flow", device="cpu")
+    space, plain = (flow.space("inverted", method=name, steps=10) for name in (method, "plain"))
+    images = load_data("avatars", 32).images([0, 1])
+    errors = [(each.decode(each.encode(images)) - images).square().mean().sqrt() for each in (space, plain)]
+    assert errors[0] < 0.5 * errors[1]
 
 
 def test_noised_is_the_image_with_noise_of_its_timestep(mini_sd: Model) -> None:
@@ -384,7 +405,7 @@ def test_a_space_is_named_by_its_model_its_name_and_its_parameters(mini_sd: Mode
         ("h:layer=mid_block.*", r"layer 'mid_block.\*': names \d+ layers, one is needed \(mid_block\.\S+, …\)"),
         ("h:layer=@resnets", "layer '@resnets': names 11 layers"),
         ("h:stream=text", "stream 'text' of layer mid_block: it has main"),
-        ("inverted:method=magic", "inversion 'magic': choose plain, fixed-point, renoised, edict"),
+        ("inverted:method=magic", "inversion 'magic': choose plain, fixed-point, newton, renoise, renoised, edict"),
     ],
 )
 def test_what_is_no_space_is_refused_in_one_line(mini_sd: Model, spec: str, message: str | None) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -246,7 +247,7 @@ def test_what_another_process_is_still_writing_is_no_reason_to_refuse(tmp_path: 
     # one that found no array yet, and made one, must not put it in the place of another's that has latents by now
     store._make()
     assert np.array_equal(LatentStore(folder, noisy(), Ramp()).read([5]), store.read([5]))
-    assert not list(folder.glob("latents.*"))
+    assert not list(folder.rglob("*.partial")) and not (folder / "locks").exists()
 
 
 def test_what_is_not_encoded_damaged_or_of_something_else_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -262,7 +263,7 @@ def test_what_is_not_encoded_damaged_or_of_something_else_is_refused_in_one_line
     content = bytearray(chunk.read_bytes())
     content[len(content) // 2] ^= 1
     chunk.write_bytes(content)
-    with pytest.raises(ProbekitError, match="damaged"):
+    with pytest.raises(ProbekitError, match="image 5 is not encoded, or damaged; encode it again"):
         LatentStore(folder, noisy(), Ramp()).read([5])
     (folder / "provenance.json").write_text("{")
     with pytest.raises(ProbekitError, match=r"provenance\.json"):
@@ -279,3 +280,49 @@ def test_latents_that_are_not_finite_are_refused_with_the_spaces_name(tmp_path: 
     with pytest.raises(ProbekitError, match="broken:z"):
         store.encode([1])
     assert store.encoded.size == 0
+
+
+def test_what_is_damaged_is_encoded_again_and_said_and_the_rest_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, calls = tmp_path / "a", []
+    LatentStore(folder, noisy(), Ramp()).encode(range(250))
+    whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for part in ("latents/c/1/0/0/0", "labels/000001.parquet", "checksums/000001.json"):
+        content = bytearray(whole[folder / part])
+        content[len(content) // 2] ^= 4
+        (folder / part).write_bytes(content)
+        store = LatentStore(folder, noisy(calls), Ramp())
+        with pytest.raises(ProbekitError, match="image 150 is not encoded, or damaged; encode it again"):
+            store.read([5, 150])
+        store.encode(range(250))
+        assert f"{part} is damaged or missing; its images are encoded again" in capsys.readouterr().out
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == whole
+    assert calls == [BLOCK] * 3
+
+
+def test_a_chunk_that_says_it_is_larger_than_a_block_is_refused_unread(tmp_path: Path) -> None:
+    store = LatentStore(tmp_path / "a", noisy(), Ramp())
+    store.encode([5])
+    (chunk,) = store._files(0)
+    content = bytearray(chunk.read_bytes())
+    content[4:8] = (2**31 - 1).to_bytes(4, "little")
+    chunk.write_bytes(content)
+    with pytest.raises(ProbekitError, match=r"damaged .*is no chunk of 12800 bytes"):
+        store.read([5])
+
+
+def test_several_processes_each_encode_what_no_other_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[int] = []
+    one, two = (LatentStore(tmp_path / "a", noisy(calls), Ramp()) for _ in range(2))
+
+    def second(images: int) -> None:
+        if len(calls) == 1:  # while the first is at work
+            two.encode(range(100, 250))
+
+    one.encode(range(250), second)
+    assert sorted(calls) == [50, BLOCK, BLOCK] and f"process {os.getpid()} on" in capsys.readouterr().out
+    fresh = LatentStore(tmp_path / "b", noisy(), Ramp())
+    fresh.encode(range(250))
+    assert np.array_equal(one.read(range(250)), fresh.read(range(250)))
+    assert not (tmp_path / "a" / "locks").exists()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,14 +14,17 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors import safe_open
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from probekit import hooks, load
 from probekit.bundled import GUIDANCE, MODELS, WEIGHTS, borrowed
 from probekit.data.scenes import VALUES, all_scenes, labels, sample_scenes
 from probekit.hooks.errors import ProbekitError
+from probekit.locks import Lock
 from probekit.metrics import readers
 from probekit.metrics.roles import NO_ROLE, roles, summarise
+from probekit.models import saved
 from probekit.zoo import (
     avatar_families,
     avatar_reader,
@@ -102,6 +106,68 @@ def test_a_checkpoint_of_another_training_or_a_damaged_one_is_refused_in_one_lin
     file.write_bytes(file.read_bytes()[:300])
     with pytest.raises(ProbekitError, match="damaged or of another network; delete it"):
         train(torch.nn.Linear(2, 2), loss, schedule, checkpoint=file)
+
+
+def test_a_training_goes_on_with_its_threads_and_its_random_numbers_and_has_one_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def loss(network: torch.nn.Module, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+        return network(torch.rand(8, 4)).square().mean(), {}  # of torch's own numbers, as dropout's
+
+    def trained(name: str) -> torch.Tensor:
+        torch.manual_seed(0)
+        options = {"checkpoint": tmp_path / name / "some.pt", "title": "some", "save_every_seconds": 0}
+        return train(torch.nn.Linear(4, 4), loss, Schedule(steps=9, learning_rate=1e-2), **options).weight
+
+    threads = torch.get_num_threads()
+    left = 0
+    whole = trained("whole")
+    left = 6
+    with pytest.raises(KeyboardInterrupt, match=r"interrupted: 5 of 9 steps are kept in .*some\.pt; the same command goes on"):
+        trained("cut")
+    with Lock(tmp_path / "cut" / "locks" / "some.pt") as other:
+        assert other.take()
+        with pytest.raises(ProbekitError, match=rf"some\.pt': process {os.getpid()} on .*; wait until it has ended"):
+            trained("cut")
+    try:
+        torch.set_num_threads(threads + 1)
+        left = 0
+        assert torch.equal(trained("cut"), whole) and torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(threads)
+    assert f"some: goes on with {threads} threads, as it was begun" in capsys.readouterr().out
+
+
+def test_a_training_that_is_terminated_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss(network: torch.nn.Module, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        if (tmp_path / "training" / "some.pt").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        return network(torch.ones(1, 2)).square().mean(), {}
+
+    def training(folder: Path, checkpoints: Path, seed: int) -> None:
+        some = torch.nn.Linear(2, 2)
+        train(some, loss, Schedule(steps=9, learning_rate=1e-2), checkpoint=checkpoints / "some.pt", save_every_seconds=0)
+
+    monkeypatch.setitem(recipes.RECIPES, "scene-reader", recipes.Recipe("", training, scene_reader.evaluate))
+    done = probekit("zoo", "train", "scene-reader", "--out", "out", "--checkpoints", "training", cwd=tmp_path)
+    assert done.returncode == 143
+    assert (
+        done.stderr == "probekit: interrupted: 1 of 9 steps are kept in training/some.pt; the same command goes on from there\n"
+    )
+
+
+def test_the_same_network_is_saved_as_the_same_bytes(tmp_path: Path) -> None:
+    for number in range(8):  # safetensors orders metadata anew in every call
+        saved.save(torch.nn.Linear(3, 2, bias=False), tmp_path / str(number), "vae", 32)
+    with safe_open(tmp_path / "0" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"family": "vae", "image_size": "32"} and file.get_tensor("weight").dtype == torch.float16
+    headers = {(tmp_path / str(number) / "model.safetensors").read_bytes()[:-12] for number in range(8)}
+    assert len(headers) == 1
 
 
 @pytest.mark.slow

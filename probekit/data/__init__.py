@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from probekit import checked
 from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
@@ -41,11 +41,12 @@ def load_data(spec: str, image_size: int) -> Dataset:
         return Scenes(image_size)
     kind, _, place = spec.partition(":") if spec.startswith(("celeba:", "folder:")) else ("", "", spec)
     path, comma, labels = place.partition(",labels=")
-    root = Path(path).expanduser()
-    if not path or (comma and not labels) or not (kind or root.is_dir()):
+    said = f"data set {checked.shown(spec)}"
+    root = checked.path(said, path)
+    if not path or (comma and not labels) or not (kind or checked.is_folder(root)):
         raise ProbekitError(
-            f"data set {spec!r}: choose avatars, scenes, photos, celeba:PATH, folder:PATH, folder:PATH,labels=FILE.csv, or the "
-            "path of a folder"
+            f"{said}: choose avatars, scenes, photos, celeba:PATH, folder:PATH, folder:PATH,labels=FILE.csv, or the path of a "
+            "folder"
         )
     if kind == "celeba" or (not kind and not comma and (root / "img_align_celeba").is_dir()):
         from probekit.data.celeba import CelebA
@@ -55,5 +56,6 @@ def load_data(spec: str, image_size: int) -> Dataset:
 
     if not comma:
         return ImageFolder(root, image_size)
-    file = Path(labels).expanduser()
-    return ImageFolder(root, image_size, labels=root / file if (root / file).exists() else file)
+    file = checked.path(said, labels)
+    beside = checked.path(said, root / file)
+    return ImageFolder(root, image_size, labels=beside if beside.exists() else file)

@@ -25,7 +25,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from probekit.data.dataset import no_captions
+from probekit.data.dataset import check_split, no_captions
 from probekit.files import write_whole
 from probekit.hooks.errors import ProbekitError
 
@@ -260,8 +260,7 @@ class Avatars:
 
     def split(self, part: str) -> np.ndarray:
         """The numbers of the avatars of `train` or `test`. Raises ProbekitError for another part."""
-        if part not in ("train", "test"):
-            raise ProbekitError(f"split {part!r}: choose train or test")
+        check_split(part)
         return np.arange(TRAIN) if part == "train" else np.arange(TRAIN, TRAIN + TEST)
 
     def images(self, indices: Sequence[int] | np.ndarray) -> Float[Tensor, "n 3 h w"]:

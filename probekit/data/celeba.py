@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from probekit.data.dataset import no_captions, numbers
-from probekit.data.folder import digest, list_images, read_images, read_rows
+from probekit.data.folder import check_labels, digest, list_images, read_images, read_rows
 from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
@@ -103,12 +104,13 @@ def _read_attributes(file: Path, images: Sequence[str]) -> tuple[list[str], Bool
     if file.suffix == ".csv":
         names = first[1:]
     else:
-        said = int(first[0]) if len(first) == 1 and first[0].isdecimal() else None
+        said = int(first[0]) if len(first) == 1 and re.fullmatch(r"[0-9]{1,9}", first[0]) else None
         if said is None:
             raise ProbekitError(f"labels {str(file)!r} line {line}: wants the number of images, not {' '.join(first)[:80]!r}")
         line, names = next(rows, (2, []))
     if not names or len(set(names)) < len(names) or {"1", "-1"} & set(names):
         raise ProbekitError(f"labels {str(file)!r} line {line}: wants the names of the attributes")
+    check_labels(f"labels {str(file)!r} line {line}", names)
     has = _of_images(rows, file, images, len(names), ("-1", "1"), said)
     return names, has == 1
 
@@ -158,7 +160,7 @@ def _official(images: Sequence[str]) -> Int64[np.ndarray, " n"]:
     """The part of each image by the number that is its name."""
     stems = [name.rpartition(".")[0] for name in images]
     for name, stem in zip(images, stems, strict=True):
-        if not (stem.isdecimal() and 1 <= int(stem) <= _LAST):
+        if not (re.fullmatch(r"[0-9]{1,9}", stem) and 1 <= int(stem) <= _LAST):
             raise ProbekitError(
                 f"CelebA image {name!r}: is none of 000001 to {_LAST}; say in list_eval_partition.txt whether it is for "
                 "training (0) or testing (2)"

@@ -20,6 +20,12 @@ def no_captions(name: str) -> ProbekitError:
     return ProbekitError(f"data {name!r}: has no captions; scenes have, and a folder whose csv file has a column caption")
 
 
+def check_split(part: str, said: str = "split") -> None:
+    """Raises ProbekitError, which begins with what is said, for other than `train` and `test`."""
+    if part not in ("train", "test"):
+        raise ProbekitError(f"{said} {part!r}: choose train or test")
+
+
 class Dataset(Protocol):
     """Images of one size with labels, numbered from 0.
 

@@ -7,6 +7,8 @@ import hashlib
 import io
 import math
 import os
+import re
+import stat
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +21,8 @@ from jaxtyping import Float, Int64, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from probekit.data.dataset import no_captions, numbers
+from probekit import checked
+from probekit.data.dataset import check_split, no_captions, numbers
 from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
@@ -32,6 +35,20 @@ READING = "centre square, bilinear with antialiasing"
 
 CAPTION = "caption"
 """The column of a csv file that says what an image shows; it is no label."""
+
+MOST_BYTES = 2**29
+"""Of a picture's file."""
+MOST_PIXELS = 2**26
+"""Of a picture: 8,192 pixels high and as many wide, of which a few copies fit in memory."""
+MOST_TABLE = 2**27
+"""Bytes of a file of labels."""
+MOST_LABELS = 1000
+"""Columns of a file of labels."""
+MOST_NUMBER = 1e15
+"""The largest label that is a number, either sign: its square is still one in half the digits."""
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
+_TAKEN = ("image",)
+"""What latents on disk call a column of their own."""
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _TEST_SHARE = 0.1
@@ -63,9 +80,9 @@ class ImageFolder:
     """
 
     def __init__(self, root: Path, image_size: int = 64, labels: Path | None = None) -> None:
+        sizes = list_images(root)
         self.name, self.image_size = root.resolve().name, image_size
         self._root = root
-        sizes = list_images(root)
         self._labels = None if labels is None else _read_labels(labels, root, sizes)
         self._files = [name for name in sizes if self._labels is None or _key(name) in self._labels.index]
         self.unlabelled = len(sizes) - len(self._files)
@@ -83,8 +100,7 @@ class ImageFolder:
         A hash of an image's name relative to the folder decides: it stays on its side whatever images are added. Raises
         ProbekitError for another part, and where no image falls in this one.
         """
-        if part not in ("train", "test"):
-            raise ProbekitError(f"split {part!r}: choose train or test")
+        check_split(part)
         test = np.array([_hash(_key(name)) < _TEST_SHARE for name in self._files])
         found = np.flatnonzero(test if part == "test" else ~test)
         if not found.size:
@@ -128,8 +144,8 @@ def list_images(folder: Path) -> dict[str, int]:
     Raises ProbekitError for a folder that is not there or cannot be read, one without images, and a link that makes images
     count twice.
     """
-    if not folder.is_dir():
-        raise ProbekitError(f"folder {str(folder)!r}: {'is no folder' if folder.exists() else 'does not exist'}")
+    if not checked.is_folder(folder):
+        raise ProbekitError(f"folder {str(folder)!r}: {'is no folder' if os.path.lexists(folder) else 'does not exist'}")
     found: dict[str, int] = {}
     seen: set[str] = set()
     try:
@@ -141,7 +157,10 @@ def list_images(folder: Path) -> dict[str, int]:
             before = "" if inside == str(folder) else f"{Path(inside).relative_to(folder).as_posix()}/"
             for name in files:
                 if name.lower().endswith(IMAGE_TYPES) and not name.startswith("."):
-                    found[before + name] = os.stat(f"{inside}/{name}").st_size  # noqa: PTH116 (Path takes 3 s for CelebA)
+                    there = os.stat(f"{inside}/{name}")  # noqa: PTH116 (Path takes 3 s for CelebA)
+                    if not stat.S_ISREG(there.st_mode):  # a pipe, which one would wait for for ever
+                        raise ProbekitError(f"image {f'{inside}/{name}'!r}: is no file")
+                    found[before + name] = there.st_size
     except OSError as error:
         raise ProbekitError(f"file {error.filename!r}: cannot be read ({error.strerror})") from error
     if not found:
@@ -175,14 +194,21 @@ def read_images(files: Sequence[Path], image_size: int) -> Float[Tensor, "n 3 h 
 
 
 def _read_image(file: Path, image_size: int) -> UInt8[np.ndarray, "3 h w"]:
+    checked.file(f"image {str(file)!r}", file, MOST_BYTES)
     try:
         with Image.open(file, formats=_FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ProbekitError(
+                    f"image {str(file)!r}: has {image.width}x{image.height} pixels; at most {MOST_PIXELS:,} are read"
+                )
             image.draft(None, (8 * image_size, 8 * image_size))
             ImageOps.exif_transpose(image, in_place=True)
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
             square = _rgb(image.crop((left, top, left + side, top + side)))
         return np.asarray(square.resize((image_size, image_size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    except ProbekitError:
+        raise
     except UnidentifiedImageError as error:
         raise ProbekitError(f"image {str(file)!r}: is no PNG, JPEG, WebP or BMP, or damaged") from error
     except Exception as error:  # a damaged image can raise anything
@@ -204,15 +230,15 @@ def read_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
 
     A .csv file is cut at commas, another at white space. Raises ProbekitError for one that is not there, not UTF-8, or not csv.
     """
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise ProbekitError(f"labels {str(file)!r}: cannot be read ({error.strerror})") from error
+    content = checked.content(f"labels {str(file)!r}", file, MOST_TABLE)
     try:
         lines = io.StringIO(content.decode("utf-8-sig"), newline="")
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         raise ProbekitError(f"labels {str(file)!r} line {number}: is not UTF-8; save the file as UTF-8") from error
+    if odd := _CONTROL.search(content):
+        number = content.count(b"\n", 0, odd.start()) + 1
+        raise ProbekitError(f"labels {str(file)!r} line {number}: has a control character in it ({odd[0].decode()!r})")
     if file.suffix.lower() != ".csv":
         yield from ((number, cells) for number, line in enumerate(lines, 1) if (cells := line.split()))
         return
@@ -240,6 +266,7 @@ def _read_labels(file: Path, root: Path, known: Mapping[str, int]) -> pd.DataFra
         raise ProbekitError(
             f"labels {str(file)!r} line {first}: wants different column names with commas between, as file,Smiling"
         )
+    check_labels(f"labels {str(file)!r} line {first}", header[1:])
     keys = {_key(name) for name in known}
     lines: dict[str, int] = {}
     table = []
@@ -266,6 +293,16 @@ def _read_labels(file: Path, root: Path, known: Mapping[str, int]) -> pd.DataFra
     )
 
 
+def check_labels(said: str, names: Sequence[str]) -> None:
+    """Raises ProbekitError for names of labels that cannot stand beside each other in results and figures, or are too many."""
+    if len(names) > MOST_LABELS:
+        raise ProbekitError(f"{said}: has {len(names):,} labels; at most {MOST_LABELS:,} are read")
+    for name in names:
+        checked.name(f"{said}: column {checked.shown(name)}", name)
+        if name in _TAKEN:
+            raise ProbekitError(f"{said}: column {name!r} is the images' own; call the label otherwise")
+
+
 def _column(said: str, cells: Sequence[str], lines: Sequence[int]) -> Sequence[bool] | pd.Categorical | np.ndarray:
     """One column's labels: bool, category or float. `said` names the column in errors."""
     import pandas as pd
@@ -281,6 +318,9 @@ def _column(said: str, cells: Sequence[str], lines: Sequence[int]) -> Sequence[b
             )
         return [word in ("1", "true", "yes") for word in words]
     count = int(np.isfinite(values).sum())
+    if (large := np.abs(np.where(np.isfinite(values), values, 0)) > MOST_NUMBER).any():
+        odd = int(np.flatnonzero(large)[0])
+        raise ProbekitError(f"{said}: {checked.shown(cells[odd])} in line {lines[odd]}: at most {MOST_NUMBER:g} will do")
     if count == sum(there):
         distinct = np.unique(values[np.isfinite(values)])
         if not (distinct % 1).any() and 0 < len(distinct) <= min(_MOST_CLASSES, count / 2):

@@ -21,7 +21,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from probekit.data.dataset import no_captions, numbers
+from probekit.data.dataset import check_split, no_captions, numbers
 from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ class Photos:
 
     def split(self, part: str) -> np.ndarray:
         """The numbers of the patches of `train` or `test`. Raises ProbekitError for another part."""
-        if part not in ("train", "test"):
-            raise ProbekitError(f"split {part!r}: choose train or test")
+        check_split(part)
         return np.arange(TRAIN) if part == "train" else np.arange(TRAIN, TRAIN + TEST)
 
     def patch(self, index: int) -> Patch:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from probekit.data.dataset import numbers
+from probekit.data.dataset import check_split, numbers
 from probekit.hooks.errors import ProbekitError
 from probekit.seeds import numbered
 
@@ -194,8 +194,7 @@ class Scenes:
 
         Raises ProbekitError for another part.
         """
-        if part not in ("train", "test"):
-            raise ProbekitError(f"split {part!r}: choose train or test")
+        check_split(part)
         return np.array(_numbers(part == "test"))
 
     def images(self, indices: Sequence[int] | np.ndarray) -> Float[Tensor, "n 3 h w"]:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probekit.data.dataset import no_captions
+from probekit.data.dataset import check_split, no_captions
 from probekit.hooks.errors import ProbekitError
 from probekit.latents.space import LatentSpace
 from probekit.seeds import named
@@ -42,8 +42,7 @@ class Samples:
 
     def split(self, part: str) -> np.ndarray:
         """The numbers of the samples of `train` or `test`. Raises ProbekitError for another part."""
-        if part not in ("train", "test"):
-            raise ProbekitError(f"split {part!r}: choose train or test")
+        check_split(part)
         cut = self._n - self._test
         return np.arange(cut) if part == "train" else np.arange(cut, self._n)
 

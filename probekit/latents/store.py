@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +14,12 @@ import numpy as np
 from jaxtyping import Float
 
 from probekit import __version__
+from probekit.checksums import broken, digest, digest_of, write_manifest
 from probekit.data.dataset import Dataset
-from probekit.files import file_name, write_whole, writing
+from probekit.files import file_name, remove, sweep, whole_folder, write_whole, writing
 from probekit.hooks.errors import ProbekitError
 from probekit.latents.space import LatentSpace
+from probekit.locks import Lock, clear
 from probekit.seeds import named
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 BLOCK = 100
 """Images are encoded in blocks of this many rows; a block is on disk whole or not at all."""
+_BLOSC = 16
+"""Bytes of a compressed chunk's header."""
 
 
 class LatentStore:
@@ -34,9 +36,11 @@ class LatentStore:
 
     Its rows are the data set's train split and then its test split, each in its own order, so that the images of a split lie
     together. Beside it lie `labels/`, a parquet file a block of rows, with the number of each row's `image` and its labels,
-    and `provenance.json`. Noise that a space draws comes
+    `checksums/`, what the files of a block hold, and `provenance.json`. Noise that a space draws comes
     from a generator seeded with the model's weights, the space, the seed and the block's number: latents depend neither on what
     is asked for nor in which order, and two models' noise has nothing in common.
+
+    Several processes may fill one store: each holds the block that it encodes, and leaves out what others hold.
 
     folder: the store's own, made where there is none. Raises ProbekitError for a folder that holds other latents (another
     model, space, data set or seed), naming what differs, and for a damaged one. A model is the same wherever it lies.
@@ -46,6 +50,7 @@ class LatentStore:
         import zarr
 
         self.folder, self.space, self.data, self.seed = folder, space, data, seed
+        self._sound: set[int] = set()
         self.provenance: dict[str, Any] = {
             "model": space.model,
             "space": space.name,
@@ -74,35 +79,41 @@ class LatentStore:
             self._array: zarr.Array[Any] = zarr.open_array(folder / "latents", mode="r+")
         except Exception as error:  # zarr raises a dozen kinds
             raise ProbekitError(f"latents {str(folder)!r}: cannot be opened ({_brief(error)}); delete the folder") from error
+        if (self._array.shape, self._array.chunks, self._array.dtype) != (
+            self._shape,
+            (BLOCK, *space.shape),
+            np.dtype("float32"),
+        ):
+            raise ProbekitError(f"latents {str(folder)!r}: latents/zarr.json is damaged; delete the folder")
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (len(self.data), *self.space.shape)
 
     def _make(self) -> None:
         """Make the empty array beside its place and move it there, unless another process's is there, and filled, by now."""
         import zarr
         import zarr.codecs
 
-        made = self.folder / f"latents.{os.getpid()}.partial"
-        with writing(self.folder):
-            zarr.create_array(
-                made,
-                shape=(len(self.data), *self.space.shape),
-                chunks=(BLOCK, *self.space.shape),
-                dtype="float32",
-                compressors=[zarr.codecs.BloscCodec(cname="zstd", clevel=3), zarr.codecs.Crc32cCodec()],
-                fill_value=float("nan"),
-                overwrite=True,
-            )
-            try:
-                made.rename(self.folder / "latents")
-            except OSError:
-                shutil.rmtree(made)
-                if not (self.folder / "latents").is_dir():
-                    raise
+        with writing(self.folder), Lock(self.folder / "locks" / "array") as lock:
+            lock.wait()
+            if (self.folder / "latents" / "zarr.json").exists():
+                return
+            with whole_folder(self.folder / "latents") as made:
+                zarr.create_array(
+                    made,
+                    shape=self._shape,
+                    chunks=(BLOCK, *self.space.shape),
+                    dtype="float32",
+                    compressors=[zarr.codecs.BloscCodec(cname="zstd", clevel=3), zarr.codecs.Crc32cCodec()],
+                    fill_value=float("nan"),
+                )
 
     def _refuse_other(self, described: Path) -> None:
         try:
             stored = json.loads(described.read_bytes())
             differ = [k for k, v in self.provenance.items() if k not in ("model", "probekit") and stored.get(k) != v]
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise ProbekitError(f"latents {str(self.folder)!r}: provenance.json cannot be read; delete the folder") from error
         if differ:
             said = ", ".join(f"{k} {stored.get(k)!r} there, {self.provenance[k]!r} here" for k in differ)
@@ -120,25 +131,88 @@ class LatentStore:
         on_block: called after every block, with the number of images in it. Raises ProbekitError, naming the space, for
         latents that are not finite.
         """
-        (self.folder / "labels").mkdir(exist_ok=True)
-        blocks = np.unique(self._rows[np.asarray(indices, dtype=np.int64)] // BLOCK)
-        # several processes that fill one store begin at different blocks, and leave out what the others have done
-        for block in np.roll(blocks, -os.getpid() % max(len(blocks), 1)).tolist():
+        blocks: list[int] = np.unique(self._rows[np.asarray(indices, dtype=np.int64)] // BLOCK).tolist()
+        left = [block for block in blocks if not self._whole(block)]
+        for block in blocks:
+            if block not in left:
+                on_block(len(self._numbers(block)))
+        if not left:
+            return
+        with self._at_work():
+            for wait in (False, True):  # what others hold comes last, should they not come to its end
+                for block in list(left):
+                    with Lock(self.folder / "locks" / f"block-{block:06d}") as lock:
+                        if wait:
+                            lock.wait()
+                        elif not lock.take():
+                            continue
+                        if not self._whole(block):
+                            self._encode(block)
+                    left.remove(block)
+                    on_block(len(self._numbers(block)))
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Say who else is at work; where nobody is, remove what killed processes had begun to write."""
+        with Lock(self.folder / "locks" / "store") as lock:
+            with writing(self.folder):
+                if lock.take():
+                    sweep(self.folder)
+                    clear(self.folder / "locks")
+                    lock.share()
+                else:
+                    print(
+                        f"latents {str(self.folder)!r}: {lock.holder or 'another process'}; each does its own blocks",
+                        flush=True,
+                    )
+                    lock.take(shared=True)
+                for part in ("labels", "checksums"):
+                    (self.folder / part).mkdir(exist_ok=True)
+            yield
+
+    def _encode(self, block: int) -> None:
+        """Encode a block that this process holds."""
+        mark, manifest, numbers = self._mark(block), self._manifest(block), self._numbers(block)
+        if mark.exists() and manifest.exists():
+            what = broken(manifest, self.folder)
+            print(f"latents {str(self.folder)!r}: {what} is damaged or missing; its images are encoded again", flush=True)
+        noise = named(self.space.weights(), self.space.name, self.seed, block)
+        items = self.data.captions(numbers) if self.space.takes == "captions" else self.data.images(numbers)
+        latents = self.space.encode(items, noise).numpy()
+        if not np.isfinite(latents).all():
+            raise ProbekitError(f"space {str(self.space)!r}: gives latents that are not finite")
+        labels = self.data.labels(numbers)
+        labels.insert(0, "image", numbers)
+        table = labels.to_parquet(index=False)
+        with writing(self.folder):
+            remove(mark)
+            remove(self._chunk(block))
+            self._array[block * BLOCK : block * BLOCK + len(numbers)] = latents
+            held = {str(path.relative_to(self.folder)): digest(path) for path in self._files(block)}
+            write_manifest(manifest, held | {str(mark.relative_to(self.folder)): digest_of(table)})
             # written last, the labels say that the block is whole
-            mark = self.folder / "labels" / f"{block:06d}.parquet"
-            numbers = self._numbers(block)
-            if not mark.exists():
-                noise = named(self.space.weights(), self.space.name, self.seed, block)
-                items = self.data.captions(numbers) if self.space.takes == "captions" else self.data.images(numbers)
-                latents = self.space.encode(items, noise).numpy()
-                if not np.isfinite(latents).all():
-                    raise ProbekitError(f"space {str(self.space)!r}: gives latents that are not finite")
-                with writing(self.folder):
-                    self._array[block * BLOCK : block * BLOCK + len(numbers)] = latents
-                    labels = self.data.labels(numbers)
-                    labels.insert(0, "image", numbers)
-                    write_whole(mark, labels.to_parquet(index=False))
-            on_block(len(numbers))
+            write_whole(mark, table)
+        self._sound.add(block)
+
+    def _whole(self, block: int) -> bool:
+        """Whether a block is encoded, and as it was written; looked into once."""
+        if block not in self._sound and self._mark(block).exists() and not broken(self._manifest(block), self.folder):
+            self._sound.add(block)
+        return block in self._sound
+
+    def _mark(self, block: int) -> Path:
+        return self.folder / "labels" / f"{block:06d}.parquet"
+
+    def _manifest(self, block: int) -> Path:
+        return self.folder / "checksums" / f"{block:06d}.json"
+
+    def _chunk(self, block: int) -> Path:
+        """Where zarr keeps a block: a file, in folders for a space of several dimensions."""
+        return self.folder / "latents" / "c" / str(block)
+
+    def _files(self, block: int) -> list[Path]:
+        chunk = self._chunk(block)
+        return [chunk] if chunk.is_file() else sorted(path for path in chunk.rglob("*") if path.is_file())
 
     def read(self, indices: Sequence[int] | np.ndarray) -> Float[np.ndarray, "n d"]:
         """Latents as flat vectors. Raises ProbekitError for images that are not encoded and for damaged files."""
@@ -148,15 +222,26 @@ class LatentStore:
         # block by block: zarr reads several at once, and where one is damaged it leaves the others' tasks to complain at exit
         blocks = rows // BLOCK
         for block in np.unique(blocks).tolist():
-            try:
-                latents = np.asarray(self._array.blocks[block])
-            except Exception as error:
-                raise ProbekitError(f"latents {str(self.folder)!r}: damaged ({_brief(error)}); delete the folder") from error
             here = blocks == block
+            if not self._whole(block):
+                number = numbers[here].tolist()[0]
+                raise ProbekitError(f"latents {str(self.folder)!r}: image {number} is not encoded, or damaged; encode it again")
+            try:
+                self._refuse_lies(block)
+                latents = np.asarray(self._array.blocks[block])
+            except Exception as error:  # zarr raises a dozen kinds
+                raise ProbekitError(f"latents {str(self.folder)!r}: damaged ({_brief(error)}); delete the folder") from error
             flat[here] = latents.reshape(len(latents), -1)[rows[here] - block * BLOCK]
-        if missing := numbers[np.isnan(flat).any(1)].tolist():
-            raise ProbekitError(f"latents {str(self.folder)!r}: image {missing[0]} is not encoded, or damaged")
         return flat
+
+    def _refuse_lies(self, block: int) -> None:
+        """Raises ValueError for a chunk that says it is larger than a block, before memory is given to it."""
+        largest = BLOCK * math.prod(self.space.shape) * 4
+        for path in self._files(block):
+            with path.open("rb") as file:
+                header = file.read(_BLOSC)
+            if len(header) < _BLOSC or int.from_bytes(header[4:8], "little") > largest:
+                raise ValueError(f"{path.name} is no chunk of {largest} bytes")
 
     @cached_property
     def _order(self) -> np.ndarray:

@@ -8,9 +8,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from probekit import checked
 from probekit.bundled import MODELS, PIPELINES, trained, weights
 from probekit.hooks.errors import ProbekitError
 from probekit.latents import LatentSpace
+from probekit.models import configs, hub
 from probekit.models.families import (
     custom,
     glow,
@@ -72,7 +74,7 @@ def load(
     place = Place(name, _path(name_or_path), chosen, dtype, variant, offload)
     if re.search(r"\.py:\w+$", name):
         file, _, class_name = name.rpartition(":")
-        return _on(place, custom.load_class(Path(file).expanduser(), class_name))
+        return _on(place, custom.load_class(checked.path(f"model {checked.shown(name)}", file), class_name))
     path = place.path
     if name in (*PIPELINES, *MODELS):
         if not trained(name):
@@ -85,9 +87,14 @@ def load(
         raise ProbekitError(
             f"model {name!r}: neither a bundled model ({', '.join(near)}) nor a folder nor a file nor a hub id (owner/name)"
         )
+    if not path.exists() and (kept := hub.kept(name)) is not None:
+        path, place = kept, dataclasses.replace(place, path=kept)
+    if path.is_dir():
+        configs.check(path, name)
     for known in FORMATS:
         if known.matches(place):
-            return _on(place, known.load(place))
+            with hub.loading(name):
+                return _on(place, known.load(place))
     raise ProbekitError(_unknown(place))
 
 
@@ -129,7 +136,9 @@ def load_with_models(specs: Sequence[str], *, device: str = "auto", baseline: bo
 
 
 def _split(spec: str) -> tuple[str, str]:
-    """The model and the space that a spec names; a colon may be part of a path."""
+    """The model and the space that a spec names; a colon may be part of a path. Raises ProbekitError for a colon at its end."""
+    if spec.endswith(":"):
+        raise ProbekitError(f"space {checked.shown(spec)}: ends with a colon; name a space after it, or leave it out")
     if own := re.match(r"(.+\.py:\w+)(?::(.*))?$", spec):
         return own[1], own[2] or ""
     parts = spec.split(":")
@@ -154,14 +163,7 @@ def _on(place: Place, loaded: Model) -> Model:
 
 
 def _path(name_or_path: str | Path) -> Path:
-    """The path with `~` made whole, where it can be looked at."""
-    try:
-        path = Path(name_or_path).expanduser()
-        path.exists()
-    except (OSError, RuntimeError) as error:  # too long a name, a folder that may not be read, nobody's home
-        reason = getattr(error, "strerror", error)
-        raise ProbekitError(f"model {str(name_or_path)[:160]!r}: cannot be read ({reason})") from error
-    return path
+    return checked.path(f"model {checked.shown(str(name_or_path))}", name_or_path)
 
 
 def _unknown(place: Place) -> str:

@@ -22,9 +22,9 @@ from probekit.models.model import Model
 from probekit.sampling.inversions import inverted
 from probekit.sampling.schedule import reversible
 
-METHODS = ("fixed-point", "plain")
-"""Inversions whose way back is the sampling of a pipeline: edict's is one of its own, and renoised
-draws part of what should lead back."""
+METHODS = ("fixed-point", "newton", "renoise", "plain")
+"""Inversions whose way back is the sampling of a pipeline: others have one of their own, and renoised draws part of what
+should lead back."""
 
 GUIDANCE = 1.0
 """The guidance scale of inversion and of what is made again, where nobody says: none.

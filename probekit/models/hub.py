@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import re
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +31,7 @@ def hush() -> None:
     import transformers
     from diffusers.utils import logging as of_diffusers
 
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     for library in (of_diffusers, transformers.utils.logging):
         library.disable_progress_bar()
         library.set_verbosity(logging.CRITICAL)
@@ -46,6 +50,57 @@ def load_part(kind: Any, place: str, part: str | None, name: str) -> Any:
     if missing := sorted(report["missing_keys"]):
         raise ProbekitError(f"model {name!r}: its weights lack {len(missing)} tensors, {missing[0]!r} first")
     return network.float().eval()
+
+
+@contextlib.contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Turn whatever the libraries raise inside, in a dozen kinds, into the ProbekitError that `not_loaded` makes of it."""
+    try:
+        yield
+    except ProbekitError:
+        raise
+    except Exception as error:
+        raise not_loaded(name, error) from error
+
+
+def kept(name: str) -> Path | None:
+    """Where the hub does not answer, the folder of what is kept of a repository on this machine; None where it answers.
+
+    The hub is asked once: its library would ask again and again, for most of a minute, for each of a model's files. Raises
+    ProbekitError where it does not answer and nothing is kept.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    hush()
+    if not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT):
+        return None
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError) as error:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        raise ProbekitError(f"model {name!r}: could not be loaded ({why}, and nothing of it is kept here)") from error
+
+
+_PATIENCE = 6.0
+"""Seconds that the hub has to answer in."""
+
+
+@functools.cache
+def _answers(endpoint: str) -> bool:
+    """Whether something answers there, whatever it says."""
+    from huggingface_hub import get_session
+
+    said: list[Any] = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # a dozen kinds, of names, sockets, proxies and certificates
+            said.append(get_session().head(endpoint, timeout=_PATIENCE))
+
+    asking = threading.Thread(target=ask, daemon=True)  # a name is looked up for as long as the system likes
+    asking.start()
+    asking.join(_PATIENCE)
+    return bool(said)
 
 
 def not_loaded(name: str, error: BaseException) -> ProbekitError:
@@ -148,9 +203,11 @@ def choose_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
+        made = torch.zeros(1, device=device)
+        made.item()  # of a device without values, such as torch's `meta`, there is none
+    except Exception as error:  # torch's backends raise a dozen kinds
         raise ProbekitError(f"device {device!r}: not available here; use auto, cpu, cuda or mps") from error
+    return made.device
 
 
 def precision(dtype: str, device: torch.device, *, transformer: bool) -> torch.dtype:

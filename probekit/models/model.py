@@ -19,6 +19,7 @@ from probekit import hooks
 from probekit.hooks.errors import ProbekitError
 from probekit.latents import LatentSpace
 from probekit.models.painter import Painter
+from probekit.models.swap import Swap
 from probekit.sampling import Diffusion
 
 Maker = Callable[..., LatentSpace]
@@ -150,10 +151,10 @@ class Model:
         return self.process.network
 
     @cached_property
-    def layers(self) -> list[hooks.Layer]:
+    def layers(self) -> hooks.Layers:
         """The layers of the text encoders and of the denoiser, in execution order. Raises ProbekitError as `denoiser`."""
         of_text = hooks.text_layers(self.paints.pipeline) if self.paints is not None else []
-        return [*of_text, *hooks.layers(self.denoiser)]
+        return hooks.Layers([*of_text, *hooks.layers(self.denoiser)])
 
     def _no_vae(self) -> ProbekitError:
         kind = self.paints.kind if self.paints is not None else self.family
@@ -189,6 +190,10 @@ class Model:
     ) -> hooks.Swept:
         """`Painter.sweep`: one picture a rule, of (prompt, noise's number) O with layers of E."""
         return self.painter.sweep(original, edit, rules, **options)
+
+    def swap(self, original: tuple[str, int | Tensor], edit: tuple[str, int | Tensor], seed: int = 0, **options: Any) -> Swap:
+        """O and E, from (prompt, noise's number or latent), and O with layers of E: `swap(rule)`. options: the pipeline's."""
+        return Swap(self.painter, original, edit, seed, **options)
 
     # --- what it is ------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,17 @@ _ENCODERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 }
 _CLIP = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline", "StableDiffusionXLPipeline")
 """Pipelines whose embeddings are CLIP's alone, a token each: the end of the caption has its place in them."""
+
+_TOKENIZERS = {
+    "StableDiffusionPipeline": ("tokenizer",),
+    "LatentConsistencyModelPipeline": ("tokenizer",),
+    "StableDiffusionXLPipeline": ("tokenizer",),
+    "StableDiffusion3Pipeline": ("tokenizer", "tokenizer_3"),
+    "FluxPipeline": ("tokenizer_2",),
+    "PixArtAlphaPipeline": ("tokenizer",),
+    "PixArtSigmaPipeline": ("tokenizer",),
+}
+"""Whose tokens stand in the embeddings, one tokenizer's after the other's; those of two CLIPs stand side by side."""
 
 _VARIANTS = re.compile("PAG|ControlNet(Union)?|Adapter|Kontext")
 """In a pipeline's name, what adds something to a family's painting, and nothing to its captions."""
@@ -65,7 +76,7 @@ class Painter:
         self.pipeline, self.name, self.defaults = pipeline, name, dict(defaults)
         self.kind = type(pipeline).__name__
         self._family = _VARIANTS.sub("", self.kind)
-        self._parameters = inspect.signature(type(pipeline).__call__).parameters
+        self.parameters = inspect.signature(type(pipeline).__call__).parameters
         if _ENCODERS.get(self._family) is _PIXART:
             self.defaults["negative_prompt"] = None  # its default, "", is refused beside embeddings
         self._encoded: dict[tuple[str, str], dict[str, Any]] = {}
@@ -96,6 +107,26 @@ class Painter:
             self._encoded[prompt, key] = self._encode(prompt, key, told)
         return self._encoded[prompt, key]
 
+    def words(self, prompt: str) -> list[tuple[str, tuple[int, ...]]]:
+        """The caption's words in order, each with the numbers of its tokens in the embeddings.
+
+        Nothing of a pipeline whose embeddings are not known to be its tokenizers' tokens, one after the other.
+        """
+        spoken = [(match[0], match.span()) for match in re.finditer(r"\S+", prompt)]
+        found: list[list[int]] = [[] for _ in spoken]
+        first = 0
+        for name in _TOKENIZERS.get(self._family, ()):
+            if (words := getattr(self.pipeline, name, None)) is None:
+                break
+            most = min(words.model_max_length, 512)
+            offsets = words(prompt, truncation=True, max_length=most, return_offsets_mapping=True)["offset_mapping"]
+            for token, (start, stop) in enumerate(offsets):
+                for number, (_, (begin, end)) in enumerate(spoken):
+                    if start < stop and start < end and stop > begin:
+                        found[number].append(first + token)
+            first += most
+        return [(word, tuple(at)) for (word, _), at in zip(spoken, found, strict=True) if at]
+
     def end(self, prompt: str) -> int:
         """The number of the token that ends the prompt, of a pipeline that `has_end`."""
         words = self.pipeline.tokenizer
@@ -123,7 +154,7 @@ class Painter:
         """The pipeline's options that encode_prompt must be told, since it runs here."""
         if self._family not in _ENCODERS:
             return frozenset()
-        taken = inspect.signature(self.pipeline.encode_prompt).parameters.keys() & self._parameters.keys()
+        taken = inspect.signature(self.pipeline.encode_prompt).parameters.keys() & self.parameters.keys()
         held = {name for name in taken if re.search("_embeds|_mask", name)}
         return frozenset(taken - held - {"prompt", "num_images_per_prompt"})
 
@@ -170,17 +201,23 @@ class Painter:
         **options: Any,
     ) -> hooks.Swept:
         """`hooks.sweep` over pairs (prompt, noise as of `row`), with images in [-1, 1]; options are its and the pipeline's."""
+        layers = [injection.layer for rule in rules for injection in rule]
+        (o, e, *more), shared = self.rows((original, edit, *others), layers, seed, **options)
+        swept = hooks.sweep(self.pipeline, original=o, edit=e, rules=rules, others=more, **shared)
+        return hooks.Swept(swept.edit * 2 - 1, swept.others * 2 - 1, swept.images * 2 - 1)
+
+    def rows(
+        self, pairs: Sequence[tuple[str, int | Tensor]], layers: Iterable[str], seed: int = 0, **options: Any
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Rows of pairs (prompt, noise as of `row`) in which those layers can be injected, and the options that they share."""
         told, shared = self._split(options)
-        pairs = (original, edit, *others)
-        if any(injection.layer.split(".")[0] in hooks.TEXT_ENCODERS for rule in rules for injection in rule):
+        if any(layer.split(".")[0] in hooks.TEXT_ENCODERS for layer in layers):
             # captions are read anew, by encoders whose layers are injected
             rows, shared = self._read_anew(pairs, seed, told, shared)
         else:
             rows = [self.row(*pair, seed, **told) for pair in pairs]
-        o, e, *more = rows
-        self._check_pictures(o)
-        swept = hooks.sweep(self.pipeline, original=o, edit=e, rules=rules, others=more, **shared)
-        return hooks.Swept(swept.edit * 2 - 1, swept.others * 2 - 1, swept.images * 2 - 1)
+        self._check_pictures(rows[0])
+        return rows, shared
 
     def _read_anew(
         self, pairs: Sequence[tuple[str, int | Tensor]], seed: int, told: Mapping[str, Any], shared: Mapping[str, Any]
@@ -189,7 +226,7 @@ class Painter:
         shared = {key: value for key, value in shared.items() if value is not None}  # defaults that go with embeddings
         told = {key: value for key, value in told.items() if key not in shared}
         _, arguments = _ENCODERS.get(self._family, ((), {}))
-        shared = {key: value for key, value in arguments.items() if key in self._parameters.keys() - told} | dict(shared)
+        shared = {key: value for key, value in arguments.items() if key in self.parameters.keys() - told} | dict(shared)
         embeddings = self.embedded("").keys()
         rows = [
             {key: value for key, value in self.row("", noise, seed).items() if key not in embeddings}
@@ -201,7 +238,7 @@ class Painter:
 
     def _split(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Options that are particular to a row, and those that all rows share, with the defaults."""
-        names, options = self._parameters.keys(), self._known(options)
+        names, options = self.parameters.keys(), self._known(options)
         of_rows = {name for name in names if name in _PICTURES or _CAPTION.fullmatch(name)} | self._of_encoding
         told = {option: value for option, value in options.items() if option in of_rows and value is not None}
         if "negative_prompt" in told and self.kind in ("KandinskyCombinedPipeline", "KandinskyV22CombinedPipeline"):
@@ -223,8 +260,8 @@ class Painter:
             known[_GUIDANCE[self._family]] = known.pop("guidance_scale")
             if self._family == "QwenImagePipeline":
                 known.setdefault("negative_prompt", " ")  # without one it is not guided
-        for option in known.keys() - self._parameters.keys() - set(_OF_SWEEPS):
-            near = difflib.get_close_matches(option, self._parameters, cutoff=0.5)
+        for option in known.keys() - self.parameters.keys() - set(_OF_SWEEPS):
+            near = difflib.get_close_matches(option, self.parameters, cutoff=0.5)
             meant = f"; it takes {' and '.join(near)}" if near else ""
             raise ProbekitError(f"{option}: model {self.name!r}, a {self.kind}, has no such option{meant}")
         return known
@@ -238,15 +275,15 @@ class Painter:
             )
 
     def _needed(self) -> list[str]:
-        return [name for name in _PICTURES if name in self._parameters and _OF_PICTURES.search(self.kind)]
+        return [name for name in _PICTURES if name in self.parameters and _OF_PICTURES.search(self.kind)]
 
     @property
     def native(self) -> dict[str, Any]:
         """Options for pictures of exactly the size that the denoiser's config says, where it says one."""
         side, options = self._side(), dict[str, Any]()
         if side is not None:
-            options = {name: side * self._factor() for name in ("height", "width") if name in self._parameters}
-        if "use_resolution_binning" in self._parameters:
+            options = {name: side * self._factor() for name in ("height", "width") if name in self.parameters}
+        if "use_resolution_binning" in self.parameters:
             options["use_resolution_binning"] = False  # it would make one of the published models' sizes of it
         return options
 

@@ -15,7 +15,7 @@ from probekit.latents import LatentSpace
 from probekit.models.model import Maker
 from probekit.models.painter import Painter
 from probekit.sampling import BATCH, Diffusion, Schedule, sample
-from probekit.sampling.inversions import check_method, inverted, restored
+from probekit.sampling.inversions import check_method, inverted, noises, restored
 from probekit.sampling.schedule import check_steps, level_at, reversible
 
 STEPS = 50
@@ -74,12 +74,14 @@ class _Spaces:
         return decode
 
     def inverted(self, method: str = "plain", steps: int = STEPS) -> LatentSpace:
-        inversion, diffusion = check_method(method), self.diffusion
+        diffusion = self.diffusion
         schedule = diffusion.schedule(steps)
-        shape = (2, *diffusion.shape) if inversion.pairs else diffusion.shape
+        inversion = check_method(method, schedule.prediction)
+        parts, drawn = inversion.parts(steps), noises(method, steps, diffusion.shape)
+        shape = (parts, *diffusion.shape) if parts > 1 else diffusion.shape
 
         def encode(images: Tensor, generator: torch.Generator) -> Tensor:
-            fresh = self.prior(len(images), generator) if inversion.draws else torch.zeros(len(images), *diffusion.shape)
+            fresh = seeds.drawn(drawn, len(images), generator) if inversion.draws(steps) else torch.zeros(len(images), *drawn)
             parts = zip(torch.split(diffusion.encode(images), BATCH), torch.split(fresh, BATCH), strict=True)
             return torch.cat([inverted(diffusion, method, states, schedule, noise).end.cpu() for states, noise in parts])
 
@@ -88,8 +90,10 @@ class _Spaces:
             return diffusion.decode(torch.cat([restored(diffusion, method, part, schedule) for part in parts]))
 
         def prior(n: int, generator: torch.Generator) -> Tensor:
-            noise = self.prior(n, generator)
-            return torch.stack([noise, noise], 1) if inversion.pairs else noise
+            begin = inversion.begin
+            if begin is None:
+                return seeds.drawn(shape, n, generator)
+            return diffusion.walk(self.prior(n, generator), lambda denoiser, part: begin(denoiser, part, schedule))
 
         return LatentSpace(
             "inverted",

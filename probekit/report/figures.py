@@ -27,6 +27,7 @@ def style() -> dict[str, Any]:
         "text.color": "#26251f",
         "axes.labelcolor": "#26251f",
         "svg.fonttype": "path",
+        "text.parse_math": False,  # labels, layers and files are called what they are called
         "svg.hashsalt": "probekit",
     }
 
@@ -63,9 +64,20 @@ def command_line(command: list[str]) -> str:
 
 def render(template: str, run: Run, **given: Any) -> bytes:
     """A page of this folder's templates; each is given the run's config, options, inputs and command, and more."""
-    import jinja2
-
-    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     config = run.config
     told = {key: config[key] for key in ("options", "inputs")} | {"config": config, "command": command_line(config["command"])}
-    return templates.get_template(template).render(**told | given).encode()
+    return _page(template, told | given)
+
+
+def inspector_page(data: dict[str, Any], *, live: bool) -> bytes:
+    """The inspector by itself, of a model and runs as its element reads them. live: with a server behind it."""
+    return _page("inspect.html", {"data": data, "live": live})
+
+
+def _page(template: str, given: dict[str, Any]) -> bytes:
+    import jinja2
+
+    here = Path(__file__).parent
+    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(here), autoescape=True)
+    templates.globals |= {f"inspector_{kind}": (here / f"inspector.{kind}").read_text() for kind in ("css", "js")}
+    return templates.get_template(template).render(**given).encode()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from probekit.files import file_name
 from probekit.hooks.errors import ProbekitError
-from probekit.progress import progress
+from probekit.progress import progress, telling
 from probekit.runs.experiment import Advance, Experiment, Findings, Unit, read_shard
 from probekit.runs.folder import Run, Stacked
 
@@ -35,22 +37,35 @@ def run(
     units = experiment.plan()
     _refuse_one_file(units)
     opened = Run(out or experiment.default_folder(inputs), experiment.name, experiment.options, inputs, experiment.command)
-    queue = _Queue(units, _of_shard(units, *part), opened)
-    try:
+
+    def kept() -> str:
+        done = sum(opened.finished(unit.name) for unit in units)
+        return f"interrupted: {done} of {len(units)} units are kept in {opened.folder}; the same command goes on from there"
+
+    with telling(kept), opened.held(shared=shard is not None):
+        _discard_damaged(opened, units)
+        queue = _Queue(units, _of_shard(units, *part), opened)
         if kind == "ray":
             _with_ray(experiment, opened, queue, address or None, workers)
         else:
-            _here(experiment, opened, queue)
+            _here(experiment, opened, queue, wait=shard is None)
         if not all(opened.finished(unit.name) for unit in units):
             return None
-        findings = experiment.findings(opened, opened.collect([unit.name for unit in units]))
-        findings.write()
+        with opened.claimed("results", wait=True):  # shards that end at once collect one after the other
+            findings = experiment.findings(opened, opened.collect([unit.name for unit in units]))
+            findings.write()
         return findings
-    except KeyboardInterrupt:
-        done = sum(opened.finished(unit.name) for unit in units)
-        raise KeyboardInterrupt(
-            f"interrupted: {done} of {len(units)} units are kept in {opened.folder}; the same command goes on from there"
-        ) from None
+
+
+def _discard_damaged(opened: Run, units: Sequence[Unit]) -> None:
+    """Have units that are not as they were written done again, and say so."""
+    for unit in units:
+        if opened.finished(unit.name) or not opened.damaged(unit.name):
+            continue
+        with opened.claimed(unit.name, wait=False) as ours:
+            if ours and (what := opened.damaged(unit.name)):  # none is just doing it again
+                print(f"{what}: is damaged or missing; its unit is done again", flush=True)
+                opened.discard(unit.name)
 
 
 def _refuse_one_file(units: Sequence[Unit]) -> None:
@@ -137,21 +152,22 @@ class _Bench:
         self.advance_(count)
 
 
-def _do(experiment: Experiment, opened: Run, unit: Unit, advance: Advance) -> None:
-    """One unit, unless another process has done it in the meantime."""
+def _do(experiment: Experiment, opened: Run, unit: Unit, advance: Advance, *, wait: bool) -> None:
+    """One unit, unless another process has done it in the meantime, or (without `wait`) is doing it."""
     bench = _Bench(opened, advance, unit.size)
-    if not opened.finished(unit.name):
-        opened.write(unit.name, experiment.work(unit, bench))
+    with opened.claimed(unit.name, wait=wait) as ours:
+        if ours and not opened.finished(unit.name):
+            opened.write(unit.name, experiment.work(unit, bench))
     bench.advance(bench.left)
 
 
-def _here(experiment: Experiment, opened: Run, queue: _Queue) -> None:
+def _here(experiment: Experiment, opened: Run, queue: _Queue, *, wait: bool) -> None:
     if queue.at_start < queue.total and (said := experiment.costs()):
         print(said, flush=True)
     with progress(experiment.name, queue.total, done=queue.at_start) as advance:
         group = ""
         while (unit := queue.next(group)) is not None:
-            _do(experiment, opened, unit, advance)
+            _do(experiment, opened, unit, advance, wait=wait)
             group = unit.group
 
 
@@ -171,7 +187,7 @@ class _Worker:
     def do(self, unit: Unit) -> str | None:
         """Do a unit; what the user can mend comes back as text."""
         try:
-            _do(self.experiment, self.run, unit, lambda count: None)
+            _do(self.experiment, self.run, unit, lambda count: None, wait=True)
         except ProbekitError as error:
             return str(error)
         return None
@@ -184,6 +200,7 @@ def _with_ray(experiment: Experiment, opened: Run, queue: _Queue, address: str |
     except ImportError as error:
         raise ProbekitError("--engine ray: needs the package ray; pip install 'probekit[ray]'") from error
     started = not ray.is_initialized()
+    terminated = signal.getsignal(signal.SIGTERM)
     if started:
         here: dict[str, Any] = {"include_dashboard": False} if address is None else {}
         try:
@@ -191,6 +208,8 @@ def _with_ray(experiment: Experiment, opened: Run, queue: _Queue, address: str |
         except Exception as error:  # Ray raises a dozen kinds
             raise ProbekitError(f"--engine ray:{address}: no cluster there ({_first_line(error)})") from error
     try:
+        if terminated is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminated)  # Ray takes it for itself
         _hand_out(ray, experiment, opened, queue, workers)
     finally:
         if started:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
+import math
 import re
 import types
 import typing
@@ -21,6 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, Self
 
 import typer
 
+from probekit import checked
+from probekit.files import file_name
 from probekit.hooks.errors import ProbekitError
 
 if TYPE_CHECKING:
@@ -87,12 +91,12 @@ class Findings(Protocol):
 class Options:
     """A frozen dataclass whose fields are a command's options: their annotations, typer's, say what it takes and refuses.
 
-    Raises ProbekitError, naming the option, for a value that it cannot have.
+    Raises ProbekitError, naming the option, for a value that it cannot have; see `Option.parse`.
     """
 
     def __post_init__(self) -> None:
         for option in options_of(type(self)):
-            option.check(getattr(self, option.field))
+            object.__setattr__(self, option.field, option.parse(getattr(self, option.field)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +156,8 @@ class Experiment(Options, ABC):
                 words.append(option.flag)
             else:
                 each = value if isinstance(value, list | tuple) else [value]
-                words += [word for item in each for word in (option.flag, str(item))]
+                for item in each:  # an argument has no flag
+                    words += [option.flag, str(item)] if option.flag.startswith("--") else [str(item)]
         return words
 
     @classmethod
@@ -164,9 +169,7 @@ class Experiment(Options, ABC):
         known = {f.name for f in dataclasses.fields(cls) if f.compare}
         if odd := sorted(set(options) - known):
             raise ProbekitError(f"config.json: option {odd[0]!r} is unknown for {cls.name}")
-        hints = typing.get_type_hints(cls)
-        given: dict[str, Any] = {n: Path(v) if v is not None and _names(hints[n], Path) else v for n, v in options.items()}
-        return cls(**given)
+        return cls(**options)
 
     def run(
         self, *, out: Path | str | None = None, engine: str = "local", workers: int | None = None, shard: str | None = None
@@ -184,7 +187,7 @@ class Experiment(Options, ABC):
     def default_folder(self, inputs: Mapping[str, Any]) -> Path:
         """runs/<experiment>/<label>-<hash>: the same options and inputs find the same folder again."""
         digest = hashlib.sha256(json.dumps([self.options, inputs], sort_keys=True, default=str).encode()).hexdigest()[:8]
-        return Path("runs") / self.name / f"{self.subject}-{digest}"
+        return Path("runs") / self.name / f"{file_name(self.subject)}-{digest}"
 
     def __getstate__(self) -> dict[str, Any]:
         # without what was loaded on the way: a worker loads its own
@@ -197,6 +200,10 @@ class Experiment(Options, ABC):
 # --- options -----------------------------------------------------------------------------------------------------------
 
 
+MOST = {int: 1_000_000, float: 1000.0}
+"""The largest number of an option that names no bound of its own, and of a negative one the smallest."""
+
+
 @dataclass(frozen=True)
 class Option:
     """A field of an experiment as an option: its flag, and what it takes."""
@@ -204,23 +211,32 @@ class Option:
     field: str
     flag: str
     kinds: tuple[type, ...]
-    least: float | None
-    most: float | None
+    least: float
+    most: float
 
-    def check(self, value: Any) -> None:
-        """Raises ProbekitError, naming the option, for a value of another kind or outside its range."""
+    def parse(self, value: Any) -> Any:
+        """The value as the field has it: a number of its kind, a path where one is named, texts that say something.
+
+        Raises ProbekitError, naming the option, for a value of another kind or outside its range, for a number that is not
+        finite, and for a text that is empty or cannot be shown (`checked.text`).
+        """
         if type(value) is int and float in self.kinds:
-            value = float(value)
+            value = float(value) if abs(value) <= 2**53 else float("inf")
         if not any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind in self.kinds):
             wanted = " or ".join(dict.fromkeys(_WORDS.get(kind, kind.__name__) for kind in self.kinds))
-            raise ProbekitError(f"{self.flag} {value!r}: {wanted} is needed")
-        if isinstance(value, list | tuple) and (odd := [item for item in value if not isinstance(item, str)]):
-            raise ProbekitError(f"{self.flag} {odd[0]!r}: text is needed")
+            raise ProbekitError(f"{self.flag} {checked.shown(value)}: {wanted} is needed")
+        for item in value if isinstance(value, list | tuple) else [value] if isinstance(value, str | Path) else []:
+            if not isinstance(item, str | Path):
+                raise ProbekitError(f"{self.flag} {checked.shown(item)}: text is needed")
+            checked.text(f"{self.flag} {checked.shown(str(item))}", str(item))
         if isinstance(value, int | float) and not isinstance(value, bool):
-            if self.least is not None and not value >= self.least:
-                raise ProbekitError(f"{self.flag} {value}: at least {self.least:g} is needed")
-            if self.most is not None and not value <= self.most:
-                raise ProbekitError(f"{self.flag} {value}: at most {self.most:g} will do")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ProbekitError(f"{self.flag} {value}: a finite number is needed")
+            if value < self.least:
+                raise ProbekitError(f"{self.flag} {checked.shown(value)}: at least {self.least:.12g} is needed")
+            if value > self.most:
+                raise ProbekitError(f"{self.flag} {checked.shown(value)}: at most {self.most:.12g} will do")
+        return Path(value) if Path in self.kinds and isinstance(value, str) else value
 
 
 _WORDS = {
@@ -235,43 +251,63 @@ _WORDS = {
 }
 
 
-def options_of(experiment: type[Options]) -> tuple[Option, ...]:
-    """The options of an experiment, from its fields' annotations."""
-    hints = typing.get_type_hints(experiment, include_extras=True)
+@functools.cache
+def options_of(made: Any) -> tuple[Option, ...]:
+    """The options of an experiment, from its fields' annotations, or those of a command's function, from its parameters'."""
+    made = inspect.unwrap(made)
+    hints = typing.get_type_hints(made, include_extras=True)
     found = []
-    for f in dataclasses.fields(experiment):
-        kind, *extras = typing.get_args(hints[f.name]) if typing.get_origin(hints[f.name]) is Annotated else (hints[f.name],)
+    for name in _defaults(made):
+        kind, *extras = typing.get_args(hints[name]) if typing.get_origin(hints[name]) is Annotated else (hints[name],)
         info = next((e for e in extras if isinstance(e, typer.models.ParameterInfo)), typer.Option())
         flags = [text for text in (info.default, *(info.param_decls or ())) if isinstance(text, str) and text.startswith("--")]
-        named = f.name if isinstance(info, typer.models.ArgumentInfo) else f"--{f.name.replace('_', '-')}"
-        flag = flags[0] if flags else named
-        found.append(Option(f.name, flag, _kinds(kind), info.min, info.max))
+        named = name if isinstance(info, typer.models.ArgumentInfo) else f"--{name.replace('_', '-')}"
+        kinds = _kinds(kind)
+        most = MOST[float if float in kinds else int] if info.max is None else info.max
+        found.append(Option(name, flags[0] if flags else named, kinds, -most if info.min is None else info.min, most))
     return tuple(found)
 
 
-def signature(experiment: type[Options], *more: inspect.Parameter) -> inspect.Signature:
-    """What typer makes a command from: the experiment's fields, those that do not change the result last, and more."""
-    hints = typing.get_type_hints(experiment, include_extras=True)
-    fields = sorted(dataclasses.fields(experiment), key=lambda f: not f.compare)
-    made = []
-    for f in fields:
-        default = f.default if f.default is not dataclasses.MISSING else inspect.Parameter.empty
+def _defaults(made: Any) -> dict[str, Any]:
+    """The names and defaults of an experiment's fields, those that do not change the result last, or of parameters."""
+    missing = inspect.Parameter.empty
+    if not dataclasses.is_dataclass(made):
+        return {name: parameter.default for name, parameter in inspect.signature(made).parameters.items()}
+    found: dict[str, Any] = {}
+    for f in sorted(dataclasses.fields(made), key=lambda f: not f.compare):
+        found[f.name] = f.default if f.default is not dataclasses.MISSING else missing
         if f.default_factory is not dataclasses.MISSING:
-            default = f.default_factory()
-        kind = inspect.Parameter.KEYWORD_ONLY
-        made.append(inspect.Parameter(f.name, kind, default=default, annotation=_shown(hints[f.name])))
-    return inspect.Signature([*made, *more])
+            found[f.name] = f.default_factory()
+    return found
+
+
+def signature(made: Any, *more: inspect.Parameter) -> inspect.Signature:
+    """What typer makes a command from: the fields of an experiment, or the parameters of a function, and more."""
+    hints = typing.get_type_hints(made, include_extras=True)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    own = [
+        inspect.Parameter(name, kind, default=default, annotation=_shown(hints[name]))
+        for name, default in _defaults(made).items()
+    ]
+    return inspect.Signature([*own, *more])
 
 
 def _shown(hint: Any) -> Any:
-    """The annotation with brackets in its help kept: typer takes `[default: 8]` for markup."""
+    """The annotation with brackets in its help kept: typer takes `[default: 8]` for markup.
+
+    And paths as text, which `Option.parse` makes paths of: typer would make the folder that one is in of "".
+    """
     if typing.get_origin(hint) is not Annotated:
         return hint
     kind, *extras = typing.get_args(hint)
     for number, info in enumerate(extras):
-        if isinstance(info, typer.models.ParameterInfo) and info.help:
-            extras[number] = copy.copy(info)
-            extras[number].help = info.help.replace("[", "\\[")
+        if isinstance(info, typer.models.ParameterInfo):
+            extras[number] = info = copy.copy(info)
+            info.help = info.help and info.help.replace("[", "\\[")
+            if Path in _kinds(kind) and isinstance(info, typer.models.OptionInfo):
+                info.metavar = info.metavar or "PATH"
+    if Path in _kinds(kind):
+        kind = str | None if type(None) in _kinds(kind) else str
     return Annotated[kind, *extras]
 
 
@@ -284,10 +320,6 @@ def _kinds(hint: Any) -> tuple[type, ...]:
     return (list, tuple) if plain is list else (plain,)
 
 
-def _names(hint: Any, kind: type) -> bool:
-    return kind in (hint, *typing.get_args(hint))
-
-
 def names(text: str, flag: str) -> list[str]:
     """`a,b` as names. Raises ProbekitError, naming the option, where there are none or one stands there twice."""
     found = [part.strip() for part in text.split(",") if part.strip()]
@@ -298,7 +330,15 @@ def names(text: str, flag: str) -> list[str]:
     return found
 
 
-_SHARD = re.compile(r"(\d{1,6})/(\d{1,6})")
+def whole_numbers(text: str, flag: str, meant: str) -> list[int]:
+    """`10,100` as numbers, in their order. Raises ProbekitError, saying what is meant, for others, and beyond 10**7."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() and len(part) < 8 for part in parts):
+        raise ProbekitError(f"{flag} {checked.shown(text)}: write {meant}")
+    return [int(part) for part in parts]
+
+
+_SHARD = re.compile(r"([0-9]{1,6})/([0-9]{1,6})")
 
 
 def read_shard(text: str) -> tuple[int, int]:

@@ -5,15 +5,19 @@ for a direction of the covariance with variance v the best guesses (conditional 
 
     image = mean + a v / (a² v + s²) * (x - a mean),    epsilon = s / (a² v + s²) * (x - a mean).
 
-Both are affine in x, direction by direction, and so is every step of `sampling.sample` and `sampling.invert`, which keeps what
-is predicted: a trajectory multiplies what a state has in a direction by a gain, and adds a multiple of the mean. (Wang and
-Vastola 2023, "Diffusion Models Generate Images Like Painters", read trajectories of trained models so.)
+Both are affine in x, direction by direction. So is every step of sampling and of its inversions, which goes from x to
+a' x + b' * prediction: where what is predicted is f * (x - a mean) + c * mean, a state that has y in a direction, in which the
+mean has m, becomes (a' + b' f) y + b' (c - f a) m. A whole trajectory therefore multiplies y by a gain, the product of its
+steps' a' + b' f, and adds a multiple of m. What starts from fresh noise on the way (`invert_renoised`) adds a multiple of that,
+and of two coupled states (`invert_coupled`) each becomes a sum of multiples of both. All these multiples are what the algorithm
+itself makes of unit states: y, fresh noise and m, 1 each in turn (`Gaussian.along`). (Wang and Vastola 2023, "Diffusion Models
+Generate Images Like Painters", read trajectories of trained models so.)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +26,10 @@ from torch import Tensor
 
 from probekit.hooks.errors import ProbekitError
 from probekit.sampling.schedule import Level, Schedule
-from probekit.sampling.trajectory import Denoiser
+from probekit.sampling.trajectory import Denoiser, invert, sample
+
+Way = Callable[[Denoiser, Tensor, Tensor], Sequence[Tensor]]
+"""What trajectories make of starts (n, ...) and of as much fresh noise: states of the same shape."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,33 +83,60 @@ class Gaussian:
 
     def sampled(self, noise: Float[Tensor, "n ..."], schedule: Schedule) -> Float[Tensor, "n ..."]:
         """What `sampling.sample` makes of noise with the best denoiser, in closed form."""
-        return self._mapped(noise, *self._walk(schedule, range(len(schedule)), back=False))
+        (made,) = self.along(lambda denoiser, start, fresh: [sample(denoiser, start, schedule).end], schedule, noise)
+        return self.values(made)
 
     def inverted(self, images: Float[Tensor, "n ..."], schedule: Schedule) -> Float[Tensor, "n ..."]:
         """What `sampling.invert` makes of images with the best denoiser, in closed form."""
-        return self._mapped(images, *self._walk(schedule, reversed(range(len(schedule))), back=True))
+        (made,) = self.along(lambda denoiser, start, fresh: [invert(denoiser, start, schedule).end], schedule, images)
+        return self.values(made)
 
-    def _walk(self, schedule: Schedule, steps: Iterable[int], *, back: bool) -> tuple[Tensor, Tensor]:
-        """Gains and shifts of a trajectory: an entry a direction, the last for all that is orthogonal to them.
+    def gains(self, schedule: Schedule) -> Float[Tensor, " k"]:
+        """What `sampling.sample` multiplies a state by along each direction; in many steps about the root of its variance."""
+        (of_start, _, _), *_ = self._responses(lambda denoiser, start, fresh: [sample(denoiser, start, schedule).end], schedule)
+        return of_start[:-1]
 
-        A state that has y in a direction, in which the mean has m, ends with gain * y + shift * m.
+    def along(
+        self, way: Way, schedule: Schedule, start: Float[Tensor, "n ..."], fresh: Float[Tensor, "n ..."] | None = None
+    ) -> list[Float[Tensor, "n c"]]:
+        """What a way makes of starts and fresh noise with the best denoiser, in closed form: the `coordinates` of its states.
+
+        way: any that is affine in what it is given, as all of `sampling` are; those that solve for a state, where they find it.
+        fresh: none where the way draws none.
+        """
+        given = [self.coordinates(each) for each in (start, start * 0 if fresh is None else fresh, self.mean[None])]
+        size = self.mean.numel()
+        made = []
+        for response in self._responses(way, schedule):
+            each = torch.cat([response[:, :-1], response[:, -1:].expand(3, size)], 1)
+            made.append(each[0] * given[0] + each[1] * given[1] + each[2] * given[2])
+        return made
+
+    def _responses(self, way: Way, schedule: Schedule) -> list[Float[Tensor, "3 _k"]]:
+        """What each state of a way has of the start, of fresh noise and of the mean, which are 1 in turn: a row each.
+
+        An entry a direction, and one for all that is orthogonal to them, where there is no variance.
         """
         variances = torch.cat([self.variances, self.variances.new_zeros(1)])
-        gains, shifts = torch.ones_like(variances), torch.zeros_like(variances)
-        for step in steps:
-            a, b = schedule.backward(step) if back else schedule.forward(step)
-            signal, _ = level = schedule.sources[step]
-            factors, rest, constant = _prediction(schedule.prediction, level, variances)
-            factors[-1] = rest
-            # a * x + b * (factor * (x - signal * mean) + constant * mean)
-            gains, shifts = (a + b * factors) * gains, (a + b * factors) * shifts + b * (constant - factors * signal)
-        return gains, shifts
+        of_start, of_fresh, of_mean = torch.eye(3, dtype=torch.float64)[:, :, None].expand(3, 3, len(variances))
+        levels = dict(zip(schedule.timesteps, schedule.sources, strict=True))
 
-    def _mapped(self, states: Tensor, gains: Tensor, shifts: Tensor) -> Tensor:
-        flat, mean = states.detach().cpu().double().flatten(1), self.mean.flatten()
-        within, of_mean = flat @ self.directions.T, self.directions @ mean
-        moved = within * (gains[:-1] - gains[-1]) + of_mean * (shifts[:-1] - shifts[-1])
-        return (gains[-1] * flat + shifts[-1] * mean + moved @ self.directions).reshape(states.shape)
+        def predict(states: Tensor, timestep: float) -> Tensor:
+            factors, _, constant = _prediction(schedule.prediction, levels[timestep], variances)
+            return factors * (states - levels[timestep][0] * of_mean) + constant * of_mean
+
+        return list(way(predict, of_start, of_fresh))
+
+    def coordinates(self, states: Float[Tensor, "n ..."]) -> Float[Tensor, "n c"]:
+        """States along the directions, then what of them is orthogonal to these: distances are those of the states."""
+        flat = states.detach().cpu().double().flatten(1)
+        within = flat @ self.directions.T
+        return torch.cat([within, flat - within @ self.directions], 1)
+
+    def values(self, coordinates: Float[Tensor, "n c"]) -> Float[Tensor, "n ..."]:
+        """The states that have these coordinates."""
+        within, rest = coordinates.tensor_split([len(self.variances)], 1)
+        return (within @ self.directions + rest).reshape(-1, *self.mean.shape)
 
 
 def _prediction(kind: str, level: Level, variances: Tensor) -> tuple[Tensor, float, float]:

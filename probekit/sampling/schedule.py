@@ -107,6 +107,25 @@ def between(prediction: str, source: Level, target: Level) -> tuple[float, float
     return 1.0, noise_ - noise
 
 
+def straight(prediction: str, level: Level) -> tuple[float, float]:
+    """(scale, time) of a level: states / scale go straight in time as long as what is predicted stays what it is.
+
+    For diffusion signal and noise / signal, with epsilon as the slope (Song et al. 2021, equation 14), for flow 1 and noise,
+    with the velocity. Raises ProbekitError for a level of diffusion without signal.
+    """
+    signal, noise = level
+    if prediction == "flow":
+        return 1.0, noise
+    if signal == 0:
+        raise ProbekitError("schedule: starts without signal, where ways are not straight; another scheduler would do")
+    return signal, noise / signal
+
+
+def slope(prediction: str, level: Level) -> tuple[float, float]:
+    """(a, b) of the slope of `straight` at a level: it is a * state + b * prediction."""
+    return (level[1], level[0]) if prediction == "v_prediction" else (0.0, 1.0)
+
+
 def reversible(config: Mapping[str, Any]) -> Any:
     """The scheduler that walks the noise levels of a diffusers scheduler's config both ways.
 

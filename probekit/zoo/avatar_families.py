@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from probekit.bundled import weights
 from probekit.data.avatars import IMAGE_SIZE, Avatars
 from probekit.data.dataset import Dataset
 from probekit.data.photos import Photos
+from probekit.models import saved
 from probekit.models.families import glow, vae, vqvae
 from probekit.progress import progress
 from probekit.zoo import lending, stylegan2_ada
@@ -294,13 +294,7 @@ def ldm_loss(network: Any, images: Images, generator: torch.Generator) -> tuple[
 def _save_own(family: str) -> Callable[[Any, Path], None]:
     """Half precision, in one safetensors file whose metadata name the family and the image size."""
 
-    def save(network: Any, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {key: v.half() if v.is_floating_point() else v for key, v in network.state_dict().items()}
-        state = {key: value.contiguous() for key, value in state.items()}
-        save_file(state, folder / "model.safetensors", {"family": family, "image_size": str(IMAGE_SIZE)})
-
-    return save
+    return lambda network, folder: saved.save(network, folder, family, IMAGE_SIZE)
 
 
 def _save_generator(network: Any, folder: Path) -> None:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from probekit.data.scenes import PLACES, Scene, all_scenes, render, sample_scenes
+from probekit.files import whole_folder
 from probekit.zoo.training import Schedule, train
 
 # most of the training sees quarter-size windows around the objects: four times as fast, and objects fill more of them
@@ -83,4 +84,6 @@ def train_and_save(folder: Path, checkpoints: Path, *, seed: int = 0) -> None:
     with torch.no_grad():
         codes = vae.encode(render(chosen, generator)).latent_dist.mean  # type: ignore[operator]
     vae.register_to_config(scaling_factor=1 / codes.std().item())  # type: ignore[operator]
-    vae.half().save_pretrained(folder)  # type: ignore[operator]
+    # whole or not at all: where it is there, mini-sd's recipe does not train it again
+    with whole_folder(folder) as partial:
+        vae.half().save_pretrained(partial)  # type: ignore[operator]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from probekit.files import remove, whole_file
 from probekit.hooks.errors import ProbekitError
-from probekit.progress import progress
+from probekit.locks import Lock
+from probekit.progress import progress, telling
 from probekit.seeds import numbered
 
 Loss = Callable[[nn.Module, torch.Generator], tuple[Tensor, dict[str, float]]]
@@ -71,10 +72,33 @@ def train(
 
     snapshots: for some numbers of finished steps, what to do with a copy that has the averaged weights at that moment.
 
-    Batch and noise of step s come from a generator seeded with (seed, s) alone, so a run that was killed and started
-    again from `checkpoint` ends with the weights of an uninterrupted one (same machine). The checkpoint is replaced
-    atomically every `save_every_seconds`.
+    Batch and noise of step s come from a generator seeded with (seed, s) alone, and the checkpoint holds all else that the
+    next step depends on: weights, optimizer, average, torch's own random numbers, and with how many threads sums are made. So
+    a run that was killed and started again from `checkpoint` ends with the weights of an uninterrupted one (same machine).
+    The checkpoint is replaced atomically every `save_every_seconds`.
+
+    Raises ProbekitError for a checkpoint of another training, a damaged one, and one that another process trains on.
     """
+    with Lock(checkpoint.parent / "locks" / checkpoint.name) as lock:
+        if not lock.take():
+            who = lock.holder or "another process"
+            raise ProbekitError(f"checkpoint {str(checkpoint)!r}: {who}; wait until it has ended, or name other --checkpoints")
+        for left in checkpoint.parent.glob(f"{checkpoint.name}.*.partial"):
+            remove(left)
+        return _train(module, loss, schedule, checkpoint, seed, title, save_every_seconds, snapshots or {})
+
+
+def _train(
+    module: nn.Module,
+    loss: Loss,
+    schedule: Schedule,
+    checkpoint: Path,
+    seed: int,
+    title: str,
+    save_every_seconds: float,
+    snapshots: Mapping[int, Callable[[nn.Module], None]],
+) -> nn.Module:
+    """`train`, by the one process that may."""
     parameters: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
     worker = module
     if schedule.bfloat16:  # channels_last is up to twice as fast on CPUs with bfloat16 instructions
@@ -96,6 +120,10 @@ def train(
             for a, saved in zip(average, state["average"], strict=True):
                 a.copy_(saved)
             first = state["step"]
+            if state["threads"] != torch.get_num_threads():
+                torch.set_num_threads(state["threads"])
+                print(f"{title}: goes on with {state['threads']} threads, as it was begun", flush=True)
+            torch.set_rng_state(state["random"])
         except ProbekitError:
             raise
         except Exception as error:  # torch raises a dozen kinds for what is no checkpoint, or one of another network
@@ -104,17 +132,20 @@ def train(
     def save(step: int) -> None:
         state: dict[str, Any] = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
         state |= {"step": step, "seed": seed, "schedule": schedule.way()}
+        state |= {"threads": torch.get_num_threads(), "random": torch.get_rng_state()}
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        partial = checkpoint.with_suffix(".partial")
-        with partial.open("wb") as file:
+        with whole_file(checkpoint) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(checkpoint)
+
+    def kept() -> str:
+        if not checkpoint.exists():
+            return "interrupted, before anything was kept"
+        step = torch.load(checkpoint, weights_only=True, mmap=True)["step"]
+        return f"interrupted: {step} of {schedule.steps} steps are kept in {checkpoint}; the same command goes on from there"
 
     worker.train()
     saved_at = time.monotonic()
-    with progress(title, schedule.steps, first) as advance:
+    with telling(kept), progress(title, schedule.steps, first) as advance:
         for step in range(first, schedule.steps):
             if worker is not module:
                 torch._foreach_copy_([p.data for p in worker_parameters], parameters)
@@ -137,7 +168,7 @@ def train(
             advance(1, said)
             if step % 100 == 99:
                 print(f"{title} step {step + 1}: {said}", flush=True)  # stands above the bar, and in a log
-            if snapshots and step + 1 in snapshots:
+            if step + 1 in snapshots:
                 snapshots[step + 1](_averaged(module, parameters, average))
             if time.monotonic() - saved_at > save_every_seconds:
                 save(step + 1)

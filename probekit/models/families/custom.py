@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import runpy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from probekit import checked, own_code
 from probekit.hooks.errors import ProbekitError
 from probekit.latents import LatentSpace
 from probekit.models.model import Model, fixed
+
+MOST_PIXELS = 4096
+"""Of a side of its images."""
 
 
 def load_class(file: Path, class_name: str) -> Model:
@@ -25,29 +28,24 @@ def load_class(file: Path, class_name: str) -> Model:
     Raises ProbekitError, in one line, for a file that cannot be read, has no such class, or whose class is not so.
     """
     where = f"{file}:{class_name}"
-    try:
-        found = runpy.run_path(str(file)).get(class_name)
-        if found is None:
-            raise ProbekitError(f"model {where!r}: the file has no class {class_name!r}")
+    found = own_code.run(f"model {where!r}", file).get(class_name)
+    if not callable(found):
+        raise ProbekitError(f"model {where!r}: the file has no class {class_name!r}")
+    with own_code.called(f"model {where!r}"):
         made = found()
-    except OSError as error:
-        raise ProbekitError(f"model {where!r}: cannot be read ({error.strerror})") from error
-    except ProbekitError:
-        raise
-    except Exception as error:
-        raise ProbekitError(f"model {where!r}: {type(error).__name__}: {error}") from error
-    size = getattr(made, "image_size", None)
-    if not isinstance(size, int) or size < 1:
-        raise ProbekitError(f"model {where!r}: needs image_size, a whole number of pixels; it has {size!r}")
-    ways = {way: getattr(made, way, None) for way in ("encode", "decode", "sample")}
+        size = getattr(made, "image_size", None)
+        ways = {way: getattr(made, way, None) for way in ("encode", "decode", "sample")}
+        about = str(found.__doc__ or "").strip() or "a model of one's own"
+        weights = _weights(made)
+    if type(size) is not int or not 1 <= size <= MOST_PIXELS:
+        said = checked.shown(size)
+        raise ProbekitError(f"model {where!r}: needs image_size, 1 to {MOST_PIXELS} pixels of a side; it has {said}")
     if not (ways["encode"] or (ways["decode"] and ways["sample"])):
         raise ProbekitError(f"model {where!r}: needs encode(images), or decode(latents) and sample(n, generator)")
 
-    def checked(way: str, *given: Any) -> Tensor:
-        try:
+    def result(way: str, *given: Any) -> Tensor:
+        with own_code.called(f"model {where!r}: {way}"):
             value = ways[way](*given)  # type: ignore[misc]
-        except Exception as error:
-            raise ProbekitError(f"model {where!r}: {way}: {type(error).__name__}: {error}") from error
         n = given[0] if way == "sample" else len(given[0])
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != n:
@@ -58,21 +56,21 @@ def load_class(file: Path, class_name: str) -> Model:
 
     with torch.no_grad():
         if ways["encode"]:
-            one = checked("encode", torch.zeros(1, 3, size, size))
+            one = result("encode", torch.zeros(1, 3, size, size))
         else:
-            one = checked("sample", 1, torch.Generator().manual_seed(0))
+            one = result("sample", 1, torch.Generator().manual_seed(0))
         if ways["decode"]:
-            checked("decode", one)
+            result("decode", one)
     space = LatentSpace(
         "latent",
         tuple(one.shape[1:]),
-        (found.__doc__ or "a model of one's own").strip().splitlines()[0],
-        encoder=(lambda images, _: checked("encode", images)) if ways["encode"] else None,
-        decoder=(lambda latents: checked("decode", latents).clamp(-1, 1)) if ways["decode"] else None,
-        sampler=(lambda n, generator: checked("sample", n, generator)) if ways["sample"] else None,
+        about.splitlines()[0],
+        encoder=(lambda images, _: result("encode", images)) if ways["encode"] else None,
+        decoder=(lambda latents: result("decode", latents).clamp(-1, 1)) if ways["decode"] else None,
+        sampler=(lambda n, generator: result("sample", n, generator)) if ways["sample"] else None,
     )
     source = hashlib.sha256(class_name.encode() + file.read_bytes()).hexdigest()
-    return Model(where, "custom", size, _weights(made), fixed(space), source=source)
+    return Model(where, "custom", size, weights, fixed(space), source=source)
 
 
 def _weights(made: Any) -> nn.Module | None:

@@ -7,13 +7,14 @@ plain container nor a known trainer's object is refused, and with it the file.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import pickle
 import tarfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO, ClassVar
@@ -194,21 +195,35 @@ class _Unpickler(pickle._Unpickler):
         del dispatch[_code[0]]
 
 
-def _torch_load(file: BinaryIO) -> Any:
-    """torch.load, kept from what it does for other kinds of files: run TorchScript, unpack tar archives, inflate."""
+def _records(file: BinaryIO) -> dict[str, int] | None:
+    """The sizes in bytes of what an archive of torch's holds, None of torch's older format.
+
+    Raises UnpicklingError for what torch.load has other readers for, which run TorchScript, unpack tar archives or inflate.
+    """
     size = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    if tarfile.is_tarfile(file):
+    if tarfile.is_tarfile(_again(file)):
         raise pickle.UnpicklingError("it is a tar archive")
-    file.seek(0)
-    records = None
-    if file.read(4) == b"PK\x03\x04":
-        if any(name.split("/")[-1] == "constants.pkl" for name in torch._C.PyTorchFileReader(_again(file)).get_all_records()):
-            raise pickle.UnpicklingError("it holds TorchScript, a program")
-        with zipfile.ZipFile(_again(file)) as archive:
-            records = {info.filename.partition("/")[2]: info.file_size for info in archive.infolist()}
-        if sum(records.values()) > size:
-            raise pickle.UnpicklingError(f"it unpacks to {sum(records.values())} bytes, {size} would do")
+    if _again(file).read(4) != b"PK\x03\x04":
+        return None
+    if any(name.split("/")[-1] == "constants.pkl" for name in torch._C.PyTorchFileReader(_again(file)).get_all_records()):
+        raise pickle.UnpicklingError("it holds TorchScript, a program")
+    with zipfile.ZipFile(_again(file)) as archive:
+        records = {info.filename.partition("/")[2]: info.file_size for info in archive.infolist()}
+    if sum(records.values()) > size:
+        raise pickle.UnpicklingError(f"it unpacks to {sum(records.values())} bytes, {size} would do")
+    return records
+
+
+def check_archive(path: Path) -> None:
+    """Raises ProbekitError for a file of pickled weights that torch.load would do more with than read."""
+    with _refusing(path), path.open("rb") as file:
+        _records(file)
+
+
+def _torch_load(file: BinaryIO) -> Any:
+    """torch.load of what `_records` lets through."""
+    records = _records(file)
+    size = file.seek(0, io.SEEK_END)
     unpickler = type("Unpickler", (_Unpickler,), {"records": records, "room": size, "claimed": {}})
     # what torch.load wants as its `pickle_module`
     module = SimpleNamespace(
@@ -230,18 +245,21 @@ def read(path: Path) -> Any:
 
     Raises ProbekitError, in one line, for a file that cannot be read, is cut short, or asks to run code.
     """
+    with _refusing(path), path.open("rb") as file:
+        start = file.read(40)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # torch writes a zip archive, or in its older format a pickle that begins with a number of its own
+        if start[:2] == b"PK" or _LEGACY in start:
+            return _torch_load(file)
+        return _Unpickler(_again(file), encoding="latin1").load()
+
+
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Turn whatever reading raises inside into the ProbekitError that names the file."""
     try:
-        with path.open("rb") as file:
-            start = file.read(40)
-            file.seek(0)
-            if path.suffix == ".safetensors":
-                return load_file(path)
-            # torch writes a zip archive, or in its older format a pickle that begins with a number of its own
-            if start[:2] == b"PK" or _LEGACY in start:
-                file.seek(0)
-                return _torch_load(file)
-            file.seek(0)
-            return _Unpickler(file, encoding="latin1").load()
+        yield
     except OSError as error:
         raise ProbekitError(f"file {str(path)!r}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a damaged pickle can raise anything

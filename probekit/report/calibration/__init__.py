@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from probekit.hooks.errors import ProbekitError
 from probekit.metrics.distributions import share_interval
 from probekit.report.figures import render, save_figure, style
 from probekit.report.findings import Findings, Table
+from probekit.report.verdicts import side
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -106,7 +108,8 @@ def summarise(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
 
     transfer: the share of pairs in which the site brings E's value; null: the share in which an unrelated donor, which does
     not have it, brings it. Pairs of which nothing can be told are left out; `pairs` are the others. role: transfer - null is
-    at least `threshold`. kept: the mean share of the other attributes that stay.
+    at least `threshold`; sure: whether the 95% interval of that difference is clear of it (Newcombe 1998, method 10). kept: the
+    mean share of the other attributes that stay.
     """
     import pandas as pd
 
@@ -123,8 +126,15 @@ def summarise(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
             | {"null": shares["unrelated"], "null_low": intervals["unrelated"][0], "null_high": intervals["unrelated"][1]}
             | {"pairs": len(by["edit"]), "kept": float(by["edit"].kept.mean())}
             | {"role": shares["edit"] - shares["unrelated"] >= threshold - 1e-9}
+            | {"sure": side(*_difference(shares, intervals), of=threshold) != 0}
         )
     return pd.DataFrame(found)
+
+
+def _difference(shares: Mapping[str, float], intervals: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
+    """The interval of transfer - null, from those of both."""
+    (a, low_a, high_a), (b, low_b, high_b) = ((shares[donor], *intervals[donor]) for donor in ("edit", "unrelated"))
+    return a - b - math.hypot(a - low_a, high_b - b), a - b + math.hypot(high_a - a, b - low_b)
 
 
 @dataclass(frozen=True)
@@ -201,6 +211,8 @@ def says(told: Calibration) -> str:
             f"plans: {by.precision[0]:.2f} and {by.recall[0]:.2f}, at most {by.precision[1]:.2f} and {by.recall[1]:.2f}; "
             f"p = {by.p:.2g})."
         )
+        if unsure := int((~told.summary[told.summary.measure == measure].sure).sum()):
+            said[-1] += f" Of {unsure} roles, found or not, it cannot be told on which side of the threshold they are."
     return " ".join(said)
 
 

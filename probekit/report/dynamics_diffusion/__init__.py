@@ -97,7 +97,8 @@ def headline(rows: pd.DataFrame) -> str:
         other = f"the other way it is {shown(lost, by[lost].last[0])} at the end, not clear of chance"
         said = f"The mapping between noise and sample stands one way, {when(at)}: L2 finds {finds(way, at)}; {other}."
     else:
-        said = f"There is no mapping between noise and sample: at the end L2 finds {both}, not clear of chance."
+        said = "Whether there is a mapping between noise and sample cannot be told: "
+        said += f"at the end L2 finds {both}, not clear of chance."
     there = at if at < end else before  # the last checkpoint says nothing of itself
     later = [f"{name} stands {when(step)}" for name in ("CKA", "SSIM") if (step := by[name].step) is not None]
     alike = f"CKA to the last samples is {value['CKA', there]:.2f}, SSIM {value['SSIM', there]:.2f}"

@@ -18,6 +18,8 @@ from probekit.models.given import FAR
 from probekit.report.figures import data_url, render, save_figure, style
 from probekit.report.findings import Findings, Table
 from probekit.report.injection import given
+from probekit.report.network import drawn_by_name, form_by_name, part_of, short
+from probekit.report.verdicts import foremost
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +36,7 @@ COLOURS = {
     NO_ROLE: "#d5d4cf",
 }
 _SPARE = ("#5b8c5a", "#8a5aa8", "#3aa0a0", "#a86b3c")
-_DESCRIPTORS = {
+DESCRIPTORS = {
     "reader": "the scene reader",
     "lpips": "LPIPS",
     "ssim": "SSIM",
@@ -120,7 +122,7 @@ def findings(run: Run, rows: pd.DataFrame) -> Findings:
 
 def says(summary: Summary) -> str:
     """Which layers carry what in the first window, by the main descriptor, and what no layer carries."""
-    window, by = summary.windows[0], _DESCRIPTORS[summary.descriptor]
+    window, by = summary.windows[0], DESCRIPTORS[summary.descriptor]
     when = "" if len(summary.windows) == 1 else "at all steps, " if window == "all" else f"at steps {window}, "
     if len(summary.factors) == 1:
         return _of_one_factor(summary, f"{when}by {by}, ")
@@ -138,7 +140,7 @@ def says(summary: Summary) -> str:
         listed = _listed([*named, *([f"{more} other{'s' if more > 1 else ''}"] if more else [])])
         carried.append(f"{role} comes over with {listed}")
     if nowhere:
-        carried.append(f"no layer carries {_listed(nowhere, 'or')} alone")
+        carried.append(f"no layer is shown to carry {_listed(nowhere, 'or')} alone")
     said = f"{when}by {by}, {'; '.join(carried)}."
     return said[0].upper() + said[1:] + _few(summary)
 
@@ -149,9 +151,11 @@ def _of_one_factor(summary: Summary, by: str) -> str:
     if known.empty:
         said = f"{by}O and E do not differ: nothing could come over."
     else:
-        most = known.loc[known.transfer.idxmax()]
+        first, *others = foremost({r.layer: (r.transfer, r.low, r.high) for r in known.itertuples()})
+        most = known.set_index("layer").loc[first]
         interval = f"95% interval {most.low:.2f}–{most.high:.2f}, null {most.null:.2f}"
-        said = f"{by}most comes over with {most.layer} ({most.transfer:.2f}, {interval})."
+        said = f"{by}most comes over with {first} ({most.transfer:.2f}, {interval})"
+        said += f", from which {len(others)} other{'s' if len(others) > 1 else ''} cannot be told." if others else "."
     return f"{said[0].upper()}{said[1:]} One factor alone gives no roles: there is no other to be clear of.{_few(summary)}"
 
 
@@ -167,7 +171,7 @@ def _listed(parts: Sequence[str], last: str = "and") -> str:
 def _table(summary: Summary) -> Table:
     """Layers with transfer and interval, null, damage and role."""
     several = len(summary.windows) > 1
-    by = _DESCRIPTORS[summary.descriptor]
+    by = DESCRIPTORS[summary.descriptor]
     title = f"transfer by {by} (0 nothing, 1 all of it), 95% interval, (null: an unrelated donor)"
     columns = [*(["steps"] if several else []), "layer", *summary.factors, "damage", "role"]
     rows: list[tuple[str, ...]] = []
@@ -188,26 +192,6 @@ def colour(name: str, factors: Sequence[str]) -> str:
     return COLOURS[name] if name in COLOURS else _SPARE[factors.index(name) % len(_SPARE)]
 
 
-_BRIEF = {
-    "_blocks": "",
-    "_block": "",
-    "attentions": "attn",
-    "resnets": "res",
-    "transformer": "block",
-    "downsamplers": "downsample",
-    "upsamplers": "upsample",
-    ".": " ",
-    "_": " ",
-}
-
-
-def short(layer: str) -> str:
-    """A layer's name as figures label it: down_blocks.1.attentions.0 becomes down 1 attn 0."""
-    for long, brief in _BRIEF.items():
-        layer = layer.replace(long, brief)
-    return layer
-
-
 def _page(run: Run, summary: Summary, pictures: Sequence[given.MadeAgain], said: str) -> bytes:
     """The figures, drawn into figures/, and the page."""
     windows, layers, factors = summary.windows, summary.layers, summary.factors
@@ -216,49 +200,62 @@ def _page(run: Run, summary: Summary, pictures: Sequence[given.MadeAgain], said:
     drawn = {"roles": save_figure(_roles_figure(summary), figures / "roles")}
     if len(windows) > 1:
         drawn["time"] = save_figure(_time_figure(summary), figures / "time")
-    pairs = []
-    for pair in config["inputs"]["swept_pairs"]:
-        ends = {name: data_url(_picture(run, pair, name)) for name in ("O", "E")}
-        of_layers = {w: {la: data_url(_picture(run, pair, picture_name(w, la))) for la in layers} for w in windows}
-        pairs.append({**pair, **ends, "layers": of_layers})
-    tiles = [
-        {
-            "name": la,
-            "short": short(la),
-            "role": summary.role_of[windows[0], la],
-            "part": part_of(la),
-            "level": _level(la, layers),
-        }
-        for la in layers
-    ]
-    descriptors = [d for d in _DESCRIPTORS if (summary.summary.descriptor == d).any()]
-    data = {
-        "pairs": pairs,
-        "numbers": {w: {la: _records(summary.numbers(w, la)) for la in layers} for w in windows},
-        "roles": {w: {la: summary.role_of[w, la] for la in layers} for w in windows},
-    }
+    shown = seen(run, summary)
+    descriptors = [d for d in DESCRIPTORS if (summary.summary.descriptor == d).any()]
     return render(
         "injection/page.html",
         run,
-        name=Path(config["options"]["model"]).name,
+        name=shown["name"],
         headline=said,
         conclusions=summary.carriers(),
-        descriptor=_DESCRIPTORS[summary.descriptor],
+        descriptor=DESCRIPTORS[summary.descriptor],
         factors=factors,
         controlled=all(f in COLOURS and f != "own" for f in factors) and summary.descriptor == "reader",
-        colours={f: colour(f, factors) for f in [*factors, EVERYTHING, NO_ROLE]},
+        colours=shown["colours"],
         windows=windows,
-        layers=tiles,
-        pairs=pairs,
-        data=data,
+        layers=layers,
+        pairs=shown["pairs"],
+        roles=shown["roles"][windows[0]],
+        data={"model": None, "runs": [shown]},
         figures=drawn,
         far=FAR,
         given=[_given(run, picture, config["inputs"]["swept_pairs"]) for picture in pictures],
         table=_cells(summary, descriptors),
-        descriptors=[_DESCRIPTORS[d] for d in descriptors],
+        descriptors=[DESCRIPTORS[d] for d in descriptors],
         everything=EVERYTHING,
         no_role=NO_ROLE,
     )
+
+
+def seen(run: Run, summary: Summary) -> dict[str, Any]:
+    """A sweep's run as the inspector shows it: its network, its pairs with their pictures, its numbers and its roles."""
+    inputs, options, windows, layers = run.config["inputs"], run.config["options"], summary.windows, summary.layers
+    name, carrying = Path(options["model"]).name, inputs.get("carry_text", ())
+    pairs = []
+    for pair in inputs["swept_pairs"]:
+        told = {key: pair[key] for key in ("name", "factor", "original", "edit", "noise")}
+        ends = {end: data_url(_picture(run, pair, end)) for end in ("O", "E")}
+        pictures = {w: {la: data_url(_picture(run, pair, picture_name(w, la))) for la in layers} for w in windows}
+        pairs.append({**told, **ends, "given": any(key.startswith("image_") for key in pair), "pictures": pictures})
+    count = f"{len(pairs)} pair{'s' * (len(pairs) > 1)}"
+    return {
+        "title": f"{name}: {count}, {options['num_steps']} steps",
+        "name": name,
+        "form": form_by_name(layers, carrying),
+        "layers": drawn_by_name(layers, carrying),
+        "windows": windows,
+        "pairs": pairs,
+        "factors": summary.factors,
+        "colours": {f: colour(f, summary.factors) for f in [*summary.factors, EVERYTHING, NO_ROLE]},
+        "descriptor": DESCRIPTORS[summary.descriptor],
+        "fewest_pairs": summary.fewest_pairs,
+        "numbers": {w: {la: _records(summary.numbers(w, la)) for la in layers} for w in windows},
+        "roles": {w: {la: summary.role_of[w, la] for la in layers} for w in windows},
+        "everything": EVERYTHING,
+        "no_role": NO_ROLE,
+        "question": {"seed": options["seed"], "num_steps": options["num_steps"], "guidance": inputs["guidance_scale"]},
+        "lazy": None,
+    }
 
 
 def picture_name(window: str, layer: str) -> str:
@@ -286,28 +283,10 @@ def _picture(run: Run, pair: Mapping[str, Any], name: str) -> Path:
     """Where a pair's picture lies. Raises ProbekitError where it does not."""
     path = run.picture(pair["name"], name)
     if not path.exists():
-        unit = f"units/{pair['name']}.parquet"
         raise ProbekitError(
-            f"run {str(run.folder)!r}: {path.name} of {pair['name']} is missing; delete {unit} and start it again"
+            f"run {str(run.folder)!r}: {path.name} of {pair['name']} is missing; the same command makes it again"
         )
     return path
-
-
-def part_of(layer: str) -> str:
-    """Where a layer stands: encoder, middle, decoder, or stack for transformers."""
-    starts = {"conv_in": "encoder", "down": "encoder", "mid": "middle", "up": "decoder", "conv_out": "decoder"}
-    return next((part for start, part in starts.items() if layer.startswith(start)), "stack")
-
-
-def _level(layer: str, layers: list[str]) -> int:
-    """The row of the U a layer stands in, from the top; transformers have one row."""
-    decoders = max((int(la.split(".")[1]) for la in layers if la.startswith("up_blocks.")), default=0)
-    parts = layer.split(".")
-    if parts[0] == "down_blocks":
-        return int(parts[1])
-    if parts[0] == "up_blocks":
-        return decoders - int(parts[1])
-    return 99 if layer.startswith("mid") else 0
 
 
 def _records(numbers: pd.DataFrame) -> list[dict[str, Any]]:
@@ -367,7 +346,7 @@ def _roles_figure(summary: Summary) -> Figure:
                 by.null, at - width * 0.43, at + width * 0.43, color="#26251f", lw=1.1, zorder=4, linestyles=(0, (1.2, 0.8))
             )
             harm.plot(at, by.damage, "o", ms=3.5, color=c)
-        ax.set(ylim=(0, 1.1), xlim=(-0.6, len(layers) - 0.4), ylabel=f"transfer, by {_DESCRIPTORS[summary.descriptor]}")
+        ax.set(ylim=(0, 1.1), xlim=(-0.6, len(layers) - 0.4), ylabel=f"transfer, by {DESCRIPTORS[summary.descriptor]}")
         ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
         harm.set(ylim=(-0.05, max(1.05, float(np.nanmax(shown.damage)) * 1.05)), ylabel="damage")
         harm.set_xticks(range(len(layers)), [short(la) for la in layers], rotation=48, ha="right", rotation_mode="anchor")
@@ -463,6 +442,6 @@ def _time_figure(summary: Summary) -> Figure:
             ax.tick_params(length=0)
             for spine in ax.spines.values():
                 spine.set_visible(False)
-        figure.supxlabel(f"steps injected, in percent (0 is noise); transfer by {_DESCRIPTORS[summary.descriptor]}", fontsize=9)
+        figure.supxlabel(f"steps injected, in percent (0 is noise); transfer by {DESCRIPTORS[summary.descriptor]}", fontsize=9)
         plt.close(figure)
     return figure

@@ -30,8 +30,9 @@ def headline(rows: pd.DataFrame) -> str:
     if len(ways) == 1:
         return f"The way is {shortest['length']:.3f} long (LPIPS); its ends miss the images by {exact['error']:.2g} (RMS)."
     return (
-        f"The shortest way is that of {shortest['method']}, {shortest['length']:.3f} long (LPIPS); the ends of "
-        f"{exact['method']} come nearest to the images, which they miss by {exact['error']:.2g} (RMS)."
+        f"Between these two images the shortest way is that of {shortest['method']}, {shortest['length']:.3f} long (LPIPS); "
+        f"the ends of {exact['method']} come nearest to them, which they miss by {exact['error']:.2g} (RMS). Of other images "
+        "two cannot tell."
     )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from probekit.report.figures import render, save_figure, style
 from probekit.report.findings import Findings, Table
+from probekit.report.verdicts import either, foremost, interval, side
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,20 +24,38 @@ _COLOURS = {
     "fixed-point": "#3d8f6f",
     "renoised": "#8064a2",
     "edict": "#26251f",
+    "newton": "#2f6f9f",
+    "renoise": "#c77fb0",
+    "bdia": "#7d5a3c",
+    "belm": "#5f7d2f",
+    "edit-friendly": "#d9822b",
+    "rf-solver": "#2a9d9d",
+    "fireflow": "#a03a5c",
     "white noise, expected": "#8a8880",
 }
 _MAIN = (
     "round-trip error",
     "network calls",
+    "steps unsolved",
+    "steps that fold",
     "error to the noise",
     "error to the noise, plain areas",
     "error to the noise, textured areas",
+    "error to the noise, plain less textured areas",
     "std of values",
     "excess kurtosis",
     "distance to normal (KS)",
     "top-10 correlation",
     "top-20 correlation, patches",
 )
+_AREAS = "error to the noise, plain less textured areas"
+_NAMES = {
+    "std of values": "a standard deviation of",
+    "top-10 correlation": "a top-10 |r| of",
+    "error to the noise": "a distance (RMS) to the noise of",
+    "round-trip error": "a round-trip error of",
+}
+"""What is said of measures that second moments predict."""
 _EXACT = 1e-7  # of values around 1 in float32
 PAPER = (
     ("DDPM, CIFAR-10", (0.159, 0.003), (0.462, 0.009), (0.986, 0.001)),
@@ -53,32 +72,100 @@ def findings(run: Run, rows: pd.DataFrame) -> Findings:
     lines = [m for m in _MAIN if m in wide.index]
     lines += [m for m in wide.index if m.startswith(("angle", "distance n", "distance l"))]
     told = [(measure, *(_number(wide.loc[measure, name]) for name in columns)) for measure in lines]
-    table = Table("noise, latents by method, samples", ("measure", *columns), told, text=("measure",))
-    return Findings(run, rows, [table], lambda: _page(run, rows), tuple(_figures(rows)), headline(rows))
+    tables = [Table("noise, latents by method, samples", ("measure", *columns), told, text=("measure",))]
+    if predicted := beside(rows):
+        title = f"what second moments alone predict, of {run.config['inputs']['theory_data']} and of what is inverted"
+        headings = ("latents", "measure", "measured", "predicted", "of the images'", "beyond (95%)")
+        tables.append(Table(title, headings, [tuple(line.values()) for line in predicted], text=headings[:2]))
+    says = " ".join(filter(None, (headline(rows), second_moments(run.config, rows))))
+    return Findings(run, rows, tables, lambda: _page(run, rows), tuple(_figures(rows)), says)
 
 
 def headline(rows: pd.DataFrame) -> str:
-    """The finding in numbers: the round trips, and whether latents are correlated, and plain areas worse than textured ones."""
-    value = rows.set_index(["method", "measure"]).value
-    methods = _methods(rows)
-    errors = {m: value[m, "round-trip error"] for m in methods}
-    said = f"The round trip errs by {', '.join(f'{e:.2g} ({m})' for m, e in errors.items())}."
+    """The finding in numbers: the round trips, how correlated latents are, and whether plain areas are worse than textured."""
+    by = rows.set_index(["method", "measure"])
+    value, methods = by.value, _methods(rows)
+    errors = {m: _bounded(by, m, "round-trip error") for m in methods}
+    said = f"The round trip errs by {', '.join(f'{e:.2g} ({m})' for m, (e, *_) in errors.items())}."
     if len(errors) > 1:
-        best = min(errors, key=lambda m: errors[m])
+        # errors that are rounding's tell no method from another
+        clear = foremost({m: tuple(max(each, _EXACT) for each in e) for m, e in errors.items()}, most=False)  # type: ignore[misc]
+        best = clear[0] if len(clear) == 1 else f"{either(clear)}, which cannot be told apart"
         said = f"The most faithful way there and back is {best}; the round trips err by {said.split(' by ', 1)[1]}"
+    if ("newton", "steps that fold") in value.index and (folds := value["newton", "steps that fold"]) > 0:
+        said += f" Steps fold, {folds:.2g} a picture: there newton's latents are each one of several that lead to the same."
     first = methods[0]
     if (first, "top-10 correlation") in value.index:
         latents, noise = (value[name, "top-10 correlation"] for name in (first, "noise"))
         said += f" The most correlated pixels of the {first} latents have |r| = {latents:.3f}; noise has {noise:.3f} at this N."
-    if (first, "error to the noise, plain areas") in value.index:
+    if (first, _AREAS) in value.index and math.isfinite(value[first, _AREAS]):
         plain, textured = (value[first, f"error to the noise, {area} areas"] for area in ("plain", "textured"))
-        if math.isfinite(plain) and math.isfinite(textured):
-            wrong = "it is the plain areas" if plain > textured else "here it is not the plain areas"
-            said += (
-                f" The {first} latents differ from the noise by {plain:.3f} in plain areas and {textured:.3f} in textured "
-                f"ones: {wrong} that inversion gets wrong."
-            )
+        difference, low, high = _bounded(by, first, _AREAS)
+        which = {
+            1: "it is the plain areas that inversion gets wrong",
+            -1: "it is the textured areas that inversion gets wrong",
+            0: "which of them inversion gets more wrong cannot be told",
+        }[side(low, high)]
+        said += (
+            f" The {first} latents differ from the noise by {plain:.3f} in plain areas and {textured:.3f} in textured ones: "
+            f"{which} (difference {difference:.3f}, 95% interval {interval(low, high, '.3f')})."
+        )
     return said
+
+
+def second_moments(config: dict[str, Any], rows: pd.DataFrame) -> str:
+    """What the covariance of the data predicts of the first method's latents, and what the network does beyond it.
+
+    Nothing where it is not known. The two are told apart where the interval of their difference is clear of 0.
+    """
+    lines = [line for line in _predicted(rows) if line["method"] == _methods(rows)[0]]
+    if not lines:
+        return ""
+    first, told = (
+        lines[0]["method"],
+        [f"{_NAMES[r['measure']]} {r['predicted']:.3g} (measured {r['value']:.3g})" for r in lines],
+    )
+    sides = {r["measure"]: side(r["beyond_low"], r["beyond_high"]) for r in lines}
+    beyond = [
+        f"{_NAMES[r['measure']]} {r['value'] - r['predicted']:+.2g} ({interval(r['beyond_low'], r['beyond_high'], '+.2g')})"
+        for r in lines
+        if sides[r["measure"]]
+    ]
+    within = [_NAMES[measure] for measure, way in sides.items() if not way]
+    parts = [f"the network does beyond them: {', '.join(beyond)}"] if beyond else []
+    parts += [f"of {either(within)} it cannot be told that there is any"] if within else []
+    return (
+        f"If {config['inputs']['theory_data']} were normal with their mean and covariance, the {first} latents of the best "
+        f"denoiser would have {', '.join(told)}. What second moments leave unexplained, {'; '.join(parts)}."
+    )
+
+
+def beside(rows: pd.DataFrame) -> list[dict[str, str]]:
+    """Every method's measured and predicted values as they are read; none where nothing is predicted."""
+    return [
+        {
+            "method": r["method"],
+            "measure": r["measure"],
+            "measured": _number(r["value"]),
+            "predicted": _number(r["predicted"]),
+            "of_images": _number(r["predicted_of_samples"]),
+            "beyond": f"{r['value'] - r['predicted']:+.2g} ({interval(r['beyond_low'], r['beyond_high'], '+.2g')})",
+        }
+        for r in _predicted(rows)
+    ]
+
+
+def _predicted(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of `_NAMES` that have a prediction, by method."""
+    if "predicted" not in rows:
+        return []
+    known = rows[rows.measure.isin(_NAMES) & rows.predicted.notna()]
+    return [{str(key): value for key, value in row.items()} for row in known.to_dict("records")]
+
+
+def _bounded(by: pd.DataFrame, method: str, measure: str) -> tuple[float, float, float]:
+    value, low, high = by.loc[(method, measure), ["value", "low", "high"]].tolist()
+    return value, low, high
 
 
 def _methods(rows: pd.DataFrame) -> list[str]:
@@ -111,6 +198,8 @@ def _page(run: Run, rows: pd.DataFrame) -> bytes:
         table=table,
         paper=PAPER,
         headline=headline(rows),
+        theory=second_moments(run.config, rows),
+        beside=beside(rows),
     )
 
 
@@ -163,28 +252,45 @@ def _round_trip(rows: pd.DataFrame, methods: list[str]) -> Figure:
 
 
 def _correlation(rows: pd.DataFrame, methods: list[str]) -> Figure:
-    """Table 1 as bars: the strongest correlations of pixels, against what white noise has at the same N."""
+    """Standard deviations, and table 1 as bars: the strongest correlations of pixels, against white noise at the same N.
+
+    Crosses: what second moments of the data predict.
+    """
     from matplotlib import pyplot as plt
 
-    measures = [m for m in ("top-10 correlation", "top-20 correlation, patches") if (rows.measure == m).any()]
+    wanted = ("std of values", "top-10 correlation", "top-20 correlation, patches")
+    measures = [m for m in wanted if (rows.measure == m).any()]
     order = ["noise", *methods, "sample"]
     with plt.rc_context(style()):
-        figure, axes = plt.subplots(1, len(measures), figsize=(4.6 * len(measures), 3.2), squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(1, len(measures), figsize=(4.2 * len(measures), 3.4), squeeze=False, layout="constrained")
         for ax, measure in zip(axes[0], measures, strict=True):
             of = rows[rows.measure == measure].set_index("method")
+            correlated = measure != "std of values"
             ax.bar(
                 order,
                 [of.value[m] for m in order],
-                yerr=[of["std"][m] for m in order],
+                yerr=[of["std"][m] for m in order] if correlated else None,
                 capsize=3,
                 width=0.62,
                 color=[_COLOURS[m] for m in order],
             )
+            if "predicted" in of and of.predicted.notna().any():
+                crosses = of.predicted.reindex(order)
+                ax.plot(order, crosses, "x", ms=7, mew=2.6, color="#fff")
+                ax.plot(order, crosses, "x", ms=6, mew=1.4, color="#14213d", label="second moments of the data")
             if "white noise, expected" in of.index:
                 expected = of.value["white noise, expected"]
                 ax.axhline(expected, color="#8a8880", ls="--", lw=1, label="white noise at this N")
-                ax.legend(loc="upper left", frameon=False, fontsize=8)
-            ax.set(title=measure, ylim=(0, 1.15), ylabel="|Pearson r|")
+            elif not correlated:
+                ax.axhline(1, color="#8a8880", ls="--", lw=1, label="normal noise")
+                if of.value[order].max() > 4:  # coupled states may lie far out
+                    ax.set_yscale("log")
+            handles, labels = ax.get_legend_handles_labels()
+            if labels:
+                ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(-0.02, 1.0), frameon=False, fontsize=8, ncols=2)
+            ax.set_title(measure, pad=24, loc="left", fontweight="bold", fontsize=10)
+            if correlated:
+                ax.set(ylim=(0, 1.05), ylabel="|Pearson r|")
             ax.tick_params(axis="x", rotation=25)
         plt.close(figure)
     return figure
@@ -203,6 +309,8 @@ def _triangles(rows: pd.DataFrame, methods: list[str]) -> Figure:
             )
             x = (from_noise**2 + across**2 - to_sample**2) / (2 * across)
             y = math.sqrt(max(0.0, from_noise**2 - x**2))
+            left, right = min(0.0, x), max(across, x)
+            whole = max(right - left, y)
             ax.plot([0, across, x, 0], [0, 0, y, 0], color="#c9c7bd", lw=1.2, zorder=1)
             for name, at, side in (("noise", (0, 0), "right"), ("sample", (across, 0), "left"), ("latent", (x, y), "center")):
                 colour = _COLOURS[m if name == "latent" else name]
@@ -223,8 +331,10 @@ def _triangles(rows: pd.DataFrame, methods: list[str]) -> Figure:
             ax.set_title(m, color=_COLOURS[m], pad=20)
             lengths = f"{from_noise:.3g} to the noise, {to_sample:.3g} to the sample"
             ax.text(0.5, 1.04, lengths, transform=ax.transAxes, ha="center", va="bottom", fontsize=8, color="#6b6a63")
-            ax.set_aspect("equal", adjustable="datalim")
-            ax.margins(0.35)
+            # room for the corners' labels on every side, whatever the triangle's form
+            middle, height = (left + right) / 2, y / 2
+            ax.set(xlim=(middle - 0.9 * whole, middle + 0.9 * whole), ylim=(height - 0.95 * whole, height + 0.95 * whole))
+            ax.set_aspect("equal", adjustable="box")
             ax.set_axis_off()
         plt.close(figure)
     return figure

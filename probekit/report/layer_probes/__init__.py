@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from probekit.report.figures import data_url, render, save_figure, style
 from probekit.report.findings import Findings, Table
-from probekit.report.injection import COLOURS, colour, short
+from probekit.report.injection import COLOURS, colour
+from probekit.report.network import short
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,10 +68,10 @@ def known(rows: pd.DataFrame) -> pd.DataFrame:
     """For every condition and label what is known of it: one row each.
 
     best, t, value, low, high, control, selectivity: the trained network's best layer and time, and what it reads there; clear:
-    whether that interval lies above chance; first:
-    the earliest layer, in the order of execution, whose interval at that time overlaps the best's; since: the noisiest timestep
-    at which some layer has half of the best's skill (`skill`); chance; pixels, input, untrained: what the picture's own pixels,
-    what the network is given at that time, and the untrained network's best layer at that time tell.
+    whether that interval lies above chance; level: how many other layers cannot be told from it at that time, their intervals
+    overlapping; first: the earliest of all these, in the order of execution; since: the noisiest timestep at which some layer
+    has half of the best's skill (`skill`); chance; pixels, input, untrained: what the picture's own pixels, what the network is
+    given at that time, and the untrained network's best layer at that time tell.
     """
     import pandas as pd
 
@@ -93,6 +94,7 @@ def known(rows: pd.DataFrame) -> pd.DataFrame:
                 "factor": factor,
                 "best": best.layer,
                 "clear": bool(best.low > best.chance),
+                "level": int((at.high >= best.low).sum()) - 1,
                 "first": at[at.high >= best.low].iloc[0].layer,
                 "since": strong.t.max(),
                 **{key: best[key] for key in ("t", "value", "low", "high", "chance", "control", "selectivity", "measure")},
@@ -107,9 +109,10 @@ def known(rows: pd.DataFrame) -> pd.DataFrame:
 def headline(told: pd.DataFrame, condition: str) -> str:
     """Which layer knows each label best and when, under a condition."""
     parts = [
-        f"{r.factor} by {r.best} at t = {r.t:g} ({_number(r.value)}, untrained {_number(r.untrained)})"
+        f"{r.factor} by {r.best} at t = {r.t:g} ({_number(r.value)}, untrained {_number(r.untrained)}"
+        + (f"; {r.level} other{'s' if r.level > 1 else ''} cannot be told from it)" if r.level else ")")
         if r.clear
-        else f"{r.factor} by no layer"
+        else f"{r.factor} by no layer that can be told from chance"
         for r in told[told.condition == condition].itertuples()
     ]
     shown = parts if len(parts) <= 6 else [*parts[:6], f"{len(parts) - 6} more are in the table"]
@@ -185,11 +188,11 @@ def verdicts(rows: pd.DataFrame, swept: dict[str, Any], condition: str) -> pd.Da
 def knows_against_carries(judged: pd.DataFrame, swept: dict[str, Any], condition: str) -> str:
     """Which layers know without carrying and carry without knowing, in the sweep's first window."""
     window, said = next(iter(swept["windows"])), []
-    ways = {KNOWS: "known and not carried by", CARRIES: "carried and not known by", BOTH: "both by"}
+    ways = {KNOWS: "known and not shown to be carried by", CARRIES: "carried and not shown to be known by", BOTH: "both by"}
     for factor in swept["factors"]:
         by = _layers_by_verdict(judged, window, factor)
         parts = [f"{way} {_listed(by[verdict])}" for verdict, way in ways.items() if by[verdict]]
-        said.append(f"{factor} is {', '.join(parts)}" if parts else f"{factor} is neither known nor carried by any layer")
+        said.append(f"{factor} is {', '.join(parts)}" if parts else f"{factor} is shown to be known or carried by no layer")
     when = "at all steps" if window == "all" else f"at steps {window}"
     return f"Knows against carries, {UNDER[condition]}, {when}: {'; '.join(said)}."
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from probekit.metrics.distributions import bootstrap
 from probekit.report.figures import render, save_figure, style
 from probekit.report.findings import Findings, Table
+from probekit.report.verdicts import either, side
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,13 +55,32 @@ def headline(rows: pd.DataFrame) -> list[str]:
         if accuracy.size:
             means = accuracy.mean()
             best = means.idxmax()
-            told = f"{kind.name.capitalize()} are read best from {best}: {means[best]:.1f} % right on average"
+            which = either([best, *(s for s in means.sort_values(ascending=False).index if not _clear(rows, kind, best, s))])
+            told = f"{kind.name.capitalize()} are read best from {which}"
+            told += (
+                f": {means[best]:.1f} % right on average"
+                if which == best
+                else (f", which of them cannot be told: from {best} {means[best]:.1f} % are right on average")
+            )
             told += f", where chance is {_chance(rows, kind).mean():.0f} %."
             if alike.match.notna().any():
                 told += f" Latents that a map brought over are read the same in {alike.match.mean():.1f} % of cases"
                 told += f", where the random encoder's are in {alike.random.mean():.1f} %."
             said.append(told)
     return said
+
+
+def _clear(rows: pd.DataFrame, kind: _Kind, best: str, other: str) -> bool:
+    """Whether labels are read better from a space than from another one: the interval of the mean difference is above 0.
+
+    By bootstrap over the labels; of fewer than three each label's own intervals must be apart. A space is told from itself.
+    """
+    if best == other:
+        return True
+    value, low, high = (_wide(rows, kind.measure, column) for column in ("value", "low", "high"))
+    if len(value) < 3:
+        return bool((low[best] > high[other]).all())
+    return side(*bootstrap((value[best] - value[other]).dropna().to_numpy())[1:]) > 0
 
 
 def notes(rows: pd.DataFrame) -> list[dict[str, Any]]:

@@ -77,7 +77,7 @@ def findings(run: Run, rows: pd.DataFrame) -> Findings:
 def headline(measured: dict[str, dict[str, Cell]], told: list[Any]) -> str:
     """Which spaces have all four, and how many sentences hold."""
     whole = [space for space, cells in measured.items() if all(verdict(prop, V, each) == HOLDS for prop, each in cells.items())]
-    said = f"Dense, smooth, organized and relevant, all four: {', '.join(whole) or 'none'}."
+    said = f"Shown to be dense, smooth, organized and relevant, all four: {', '.join(whole) or 'none'}."
     if told:
         count = {each: sum(one.verdict == each for one in told) for each in (HOLDS, DOES_NOT, OPEN)}
         said += (

@@ -94,7 +94,8 @@ def cell(rows: Rows, space: str, name: str, prop: str) -> Cell:
 
     Density: the precision of what decodes from the prior or, without one, from a Gaussian of the codes' mean and covariance,
     between that of shuffled patches and of the model's own pictures. Smoothness: the jump, between all at once and that of a
-    cross-fade; a path length nearer to 1 / ε² than to 1, by their logarithms, means that every point has a picture of its own.
+    cross-fade; a path length whose interval is nearer to 1 / ε² than to 1, by logarithms, means that every point has a picture
+    of its own.
     Organization: the correlation with LPIPS, from what chance reaches to 1. Relevance: the total index, 0 to 1.
     """
     if prop == "density":
@@ -104,7 +105,7 @@ def cell(rows: Rows, space: str, name: str, prop: str) -> Cell:
         return Cell(value, low, high, worst, best, f"precision, {drawn}")
     if prop == "smoothness":
         value, low, high, _ = rows.get(space, prop, "jump", "path", rows.path(space))
-        broken = rows.get(space, prop, "path length", "path", rows.path(space))[0] > 1 / EPSILON
+        broken = rows.get(space, prop, "path length", "path", rows.path(space))[1] > 1 / EPSILON
         return Cell(value, low, high, float(POINTS), rows.get(space, prop, "jump", "cross-fade")[0], "jump", broken)
     if prop == "organization":
         by = "lpips" if not math.isnan(rows.get(space, prop, "correlation", "codes", "lpips")[0]) else "factors"
@@ -117,14 +118,15 @@ def cell(rows: Rows, space: str, name: str, prop: str) -> Cell:
 # --- verdicts ----------------------------------------------------------------------------------------------------------
 
 _LITTLE = 0.1
-"""A share of what pictures vary by below which an input does nothing to speak of."""
+"""A share below which there is nothing to speak of: of what pictures vary by, of the way from chance to a correlation of 1."""
 
 
 def verdict(prop: str, mark: str, found: Cell) -> str:
     """Whether a mark of the paper's is borne out by a number.
 
     V: the interval lies in the better half between floor and ceiling, X: in the worse half; partly: inside, clear of both by a
-    tenth. Of organization: V above what chance reaches, X not above it. Of relevance, X is less than a tenth.
+    tenth. Of organization: V above what chance reaches, X less than a tenth of the way from there to 1. Of relevance, X is less
+    than a tenth.
     """
     _, low, high = found.share
     if math.isnan(low) or math.isnan(high):
@@ -132,7 +134,7 @@ def verdict(prop: str, mark: str, found: Cell) -> str:
     if found.broken:
         return HOLDS if mark == X else DOES_NOT
     if prop == "organization":
-        clear, none = low > 0, found.share[0] <= 0
+        clear, none = low > 0, low <= 0 and high < _LITTLE
         yes, no = (clear, none) if mark == V else (none, clear)
     elif mark == PARTLY:
         yes, no = low > _LITTLE and high < 1 - _LITTLE, low >= 1 - _LITTLE or high <= _LITTLE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from probekit.report.figures import render, save_figure, style
 from probekit.report.findings import Findings, Table
+from probekit.report.verdicts import Bounded, either, foremost
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,24 +48,41 @@ def findings(run: Run, rows: pd.DataFrame) -> Findings:
 
 
 def headline(rows: pd.DataFrame) -> str:
-    """Which pairs fit best and worst, by LPIPS between its own decoder's and chance's."""
+    """Into which decoders maps carry most and least, by LPIPS between that of their own encoder and chance's.
+
+    Several that cannot be told apart, their intervals overlapping, are named together.
+    """
     found = [b for b in _best(rows) if not np.isnan([b["own"], b["random"]]).any()]
     if not found:
         return ""
-    # of what is lost from the decoder's own encoder to the random one, the share that the best map keeps
-    dead = [b["target"] for b in found if b["random"] - b["own"] < 0.05 * b["random"]]
-    kept = {b["target"]: (b["random"] - b["value"]) / (b["random"] - b["own"]) for b in found if b["target"] not in dead}
-    parts: list[str] = []
-    for word, pick in (("most", max), ("least", min)):
-        if kept and (not parts or min(kept.values()) < max(kept.values()) - 0.01):
-            b = next(b for b in found if b["target"] == pick(kept, key=kept.__getitem__))
-            parts.append(
-                f"{word} into {b['target']}, from {b['source']}: LPIPS {b['value']:.3f}, {b['own']:.3f} from its own encoder, "
-                f"{b['random']:.3f} from random"
-            )
-    said = [f"A linear map carries {'; '.join(parts)}."] if parts else []
+    dead = [b["target"] for b in found if b["random_high"] - b["own_low"] < _LITTLE * b["random"]]
+    by = {b["target"]: b for b in found if b["target"] not in dead and b["random"] - b["own"] >= _LITTLE * b["random"]}
+    kept = {target: _kept(b) for target, b in by.items()}
+    said: list[str] = []
+    if kept:
+        most, least = (foremost(kept, most=way) for way in (True, False))
+        ways = {"most": most} | ({"least": least} if not set(most) & set(least) else {})
+        parts = [f"{word} into {_into(by[targets[0]], targets)}" for word, targets in ways.items()]
+        said.append(f"A linear map carries {'; '.join(parts)}.")
     said += [f"{target} shows little of a picture, even from its own latents." for target in dead]
     return " ".join(said)
+
+
+_LITTLE = 0.05
+"""A share of chance's LPIPS: a decoder whose own encoder is no nearer than that shows little of a picture."""
+
+
+def _kept(best: dict[str, Any]) -> Bounded:
+    """Of what is lost from the decoder's own encoder to the random one, the share that the best map keeps, and its interval."""
+    value, high, low = ((best["random"] - best[of]) / (best["random"] - best["own"]) for of in ("value", "low", "high"))
+    return value, low, high
+
+
+def _into(best: dict[str, Any], targets: Sequence[str]) -> str:
+    """`avatar-flow, from avatar-vae: LPIPS …`: of the first of the targets that cannot be told apart."""
+    which = f"{either(targets)}, which cannot be told apart; into {targets[0]}" if len(targets) > 1 else targets[0]
+    numbers = f"LPIPS {best['value']:.3f}, {best['own']:.3f} from its own encoder, {best['random']:.3f} from random"
+    return f"{which}, from {best['source']}: {numbers}"
 
 
 def _in_order(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
@@ -128,11 +147,17 @@ def _best(rows: pd.DataFrame) -> list[dict[str, Any]]:
     # on the same pictures only: a decoder's own samples where it cannot encode, else the data set
     lpips = rows[(rows.measure == "LPIPS") & ((rows.drawn_by == "") | (rows.drawn_by == rows.target))]
     for target, group in lpips.groupby("target", sort=False):
-        by = group.set_index("source").value
+        by = group.set_index("source")
         others = by.drop([target, "random"], errors="ignore")
         if len(others):
-            own, random = (by.get(source, float("nan")) for source in (target, "random"))
-            found.append({"target": target, "source": others.idxmin(), "value": others.min(), "own": own, "random": random})
+            beside = by.reindex([target, "random"])
+            (own, random), own_low, random_high = beside.value, beside.low.iloc[0], beside.high.iloc[1]
+            first, *level = foremost({s: (r.value, r.low, r.high) for s, r in others.iterrows()}, most=False)
+            best = others.loc[first]
+            found.append(
+                {"target": target, "source": first, "level": level, "value": best.value, "low": best.low, "high": best.high}
+                | {"own": own, "own_low": own_low, "random": random, "random_high": random_high}
+            )
     return found
 
 
