@@ -185,3 +185,15 @@ def test_what_is_said_of_few_pairs_one_factor_and_no_role_at_all() -> None:
     assert alone.startswith("By the scene reader, most comes over with b (0.") and "One factor alone gives no roles" in alone
     equal = made_up({"own": (0.3, 0.02)}).assign(transfer=math.nan, damage=math.nan)
     assert says(Summary.of(["all"], equal)).startswith("By the scene reader, O and E do not differ: nothing could come over.")
+
+
+def test_avatars_show_a_face_and_faceless_heads_none() -> None:
+    from probekit.data.avatars import Avatars
+    from probekit.metrics.readers import show_faces, without_faces
+
+    data = Avatars()
+    index = data.split("test")[:200]
+    images = data.images(index)
+    assert show_faces(images).float().mean() >= 0.97
+    assert show_faces(without_faces(images, index)).float().mean() <= 0.02
+    assert not show_faces(torch.zeros(1, 3, 32, 32)).any()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,6 +93,37 @@ def avatar_reader() -> AvatarReader:
     reader = AvatarReader()
     reader.load_state_dict(_stored("avatar-reader"))
     return reader.eval()
+
+
+def show_faces(images: Float[Tensor, "n 3 h w"]) -> Bool[Tensor, " n"]:
+    """Which images show a face to the avatar reader: by what it sees (`AvatarReader.see`) they are told from faceless heads.
+
+    What tells them is a logistic regression between 1,000 training avatars and the same with everything between hair and chin
+    painted over in the colour of their skin. Of test avatars 1 in 100 has no face by it, of those painted over none has one.
+    """
+    coef, bias = _face_of_features()
+    with torch.no_grad():
+        return avatar_reader().see(images) @ coef + bias > 0
+
+
+def without_faces(images: Float[Tensor, "n 3 32 32"], indices: Sequence[int]) -> Float[Tensor, "n 3 32 32"]:
+    """Those avatars (of seed 0, as `Avatars().images(indices)` draws them) with no face, only skin where it would be."""
+    images = images.clone()
+    for image, index in zip(images, indices, strict=True):
+        skin = torch.tensor(list(bytes.fromhex(avatars.avatar(index).skin[1:])))
+        image[:, 10:26, 8:24] = (skin / 127.5 - 1)[:, None, None]
+    return images
+
+
+@functools.cache
+def _face_of_features() -> tuple[Float[Tensor, "128"], Float[Tensor, ""]]:
+    from sklearn.linear_model import LogisticRegression
+
+    drawn = avatars.Avatars().images(range(1000))
+    with torch.no_grad():
+        seen = avatar_reader().see(torch.cat([drawn, without_faces(drawn, range(1000))])).numpy()
+    fitted = LogisticRegression(C=0.01, max_iter=2000).fit(seen, np.repeat([True, False], 1000))
+    return torch.tensor(fitted.coef_[0]).float(), torch.tensor(fitted.intercept_[0]).float()
 
 
 def _stored(name: str) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ Network = TypeVar("Network", bound=nn.Module)
 def save(network: nn.Module, folder: Path, family: str, image_size: int) -> None:
     """Write a network's tensors in half precision to `model.safetensors`; the same network gives the same bytes."""
     state = {key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()}
+    state = {key: value.contiguous() for key, value in state.items()}  # safetensors takes no others
     content = safetensors.torch.save(state)
     length = int.from_bytes(content[:8], "little")
     # safetensors itself puts metadata into a header in an order that changes from call to call

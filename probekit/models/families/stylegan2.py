@@ -39,8 +39,8 @@ def _low_pass() -> Float[Tensor, "4 4"]:
     return torch.outer(taps, taps) / taps.sum() ** 2
 
 
-def _blur(x: Maps, taps: Float[Tensor, "4 4"], padding: int, stride: int = 1) -> Resized:
-    return F.conv2d(x, taps.expand(x.shape[1], 1, -1, -1), padding=padding, stride=stride, groups=x.shape[1])
+def _blur(x: Maps, taps: Float[Tensor, "4 4"], padding: int) -> Resized:
+    return F.conv2d(x, taps.expand(x.shape[1], 1, -1, -1), padding=padding, groups=x.shape[1])
 
 
 def _double(images: Images, taps: Float[Tensor, "4 4"]) -> Float[Tensor, "n 3 2*h 2*w"]:
@@ -266,8 +266,7 @@ class _Conv(nn.Module):
         weight = self.weight * self.weight_gain
         if not self.down:
             return F.conv2d(x, weight, self.bias, padding=self.kernel // 2)
-        if self.kernel == 1:
-            return F.conv2d(_blur(x, self.resample_filter, padding=1, stride=2), weight, self.bias)
+        # the convolution skips, not the blur: torch is slow on CPUs with the backward pass of depthwise convolutions that skip
         return F.conv2d(_blur(x, self.resample_filter, padding=self.kernel // 2 + 1), weight, self.bias, stride=2)
 
 
@@ -303,7 +302,7 @@ class _Epilogue(nn.Module):
         # groups of 4 images; where the batch has no such groups, of the next smaller size that divides it
         group = next(size for size in (4, 3, 2, 1) if len(x) % size == 0)
         grouped = x.reshape(group, -1, *x.shape[1:])
-        deviation = (grouped.var(0, correction=0) + 1e-8).sqrt().mean((1, 2, 3))
+        deviation = ((grouped - grouped.mean(0)).square().mean(0) + 1e-8).sqrt().mean((1, 2, 3))
         x = torch.cat([x, deviation.repeat(group)[:, None, None, None].expand(-1, 1, *x.shape[2:])], 1)
         return self.out(_lrelu(self.fc(_lrelu(self.conv(x)).flatten(1))))
 
