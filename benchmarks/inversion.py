@@ -4,9 +4,10 @@
     python benchmarks/inversion.py --mapped 50000    # writes two times n * 49,152 bytes, for as long as it takes
 
 Sampling and every inversion are timed against the same number of bare calls of the network on as many rows, in turn, and the
-median of the ratios is printed. Nearest noises are found in three ways that must agree: by blocks (`geometry.nearest`), by
-`torch.cdist` in one piece, and by a plain double loop, on as many rows as it manages in a minute. Each way runs in a process of
-its own; memory is the resident set's peak above what it is with the vectors loaded, as the kernel counts it (Linux).
+median of the ratios is printed, beside it by how much the way back misses the pictures (root mean square, their mean). Nearest
+noises are found in three ways that must agree: by blocks (`geometry.nearest`), by `torch.cdist` in one piece, and by a plain
+double loop, on as many rows as it manages in a minute. Each way runs in a process of its own; memory is the resident set's peak
+above what it is with the vectors loaded, as the kernel counts it (Linux).
 `--mapped` instead finds noises of 3x64x64 among that many in a run's files, as `probekit noise-map run` does, for 2,048 of the
 samples, and says the whole process's peak.
 """
@@ -45,15 +46,19 @@ def calls(asked: argparse.Namespace) -> None:
         fresh = seeds.fresh_noise(noises(name, asked.steps, diffusion.shape), range(asked.rows), 0)
         ways[name] = lambda inversion=inversion, fresh=fresh: inversion.invert(denoiser, image, schedule, fresh, 1)
     print(f"{asked.model}, {asked.rows} rows, {asked.steps} steps\n")
-    print("| way | calls | seconds | bare calls | ratio |\n|---|---|---|---|---|")
+    print("| way | calls | seconds | bare calls | ratio | round trip |\n|---|---|---|---|---|---|")
     for name, way in ways.items():
-        count = way().calls  # and warm
+        made = way()  # and warm
+        count, error = made.calls, ""
+        if name in INVERSIONS:
+            away = INVERSIONS[name].back(denoiser, made.end, schedule).end - image
+            error = f"{away.flatten(1).square().mean(1).sqrt().mean():.1e}"
         both = [
             (_timed(way), _timed(lambda count=count: _bare(denoiser, image, schedule, count))) for _ in range(asked.repeats)
         ]
         taken, bare = (statistics.median(times) for times in zip(*both, strict=True))
         ratio = statistics.median(a / b for a, b in both)
-        print(f"| {name} | {count} | {taken:.2f} | {bare:.2f} | {ratio:.3f} |")
+        print(f"| {name} | {count} | {taken:.2f} | {bare:.2f} | {ratio:.3f} | {error} |", flush=True)
 
 
 @torch.no_grad()

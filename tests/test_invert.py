@@ -183,6 +183,7 @@ def test_shards_in_any_order_give_the_bytes_of_one_run(
     assert (folder / name / "results.parquet").read_bytes() == (folder / "unsharded" / "results.parquet").read_bytes()
 
 
+@pytest.mark.slow
 def test_every_inversion_runs_wherever_inversions_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     for model in ("ddpm", "flow"):

@@ -18,6 +18,8 @@ RESIDUAL = 0.1
 """What GMRES may leave of a Newton step's linear system."""
 CAP = 0.02
 """How far a step goes at most, in norms of the states. Folds of trained models lie about that far apart."""
+PATIENCE = 5
+"""Whole Newton steps away from folds after which a row that came no nearer by a tenth is given up: it is at rounding."""
 _DIFFERENCE = 1e-3  # of finite differences, in norms of the states: float32 predictions are exact to about its square
 
 
@@ -40,25 +42,28 @@ def solve(step: Callable[[Tensor], Tensor], target: Tensor, start: Tensor, *, to
     Jacobian is singular, at a fold and no solution. So there is no line search, and where the Jacobian has negative eigenvalues
     it is shifted to have none, as in pseudo-transient continuation (Kelley and Keyes 1998): the states go on over the fold the
     way that repeating the fixed-point map in small steps would take them, to where the Jacobian is positive. Steps are `CAP`
-    long at most. Each row keeps the best state that it came by. Ends where all rows lead within `tolerance` of the target, or
-    after `most` calls.
+    long at most. Each row keeps the best state that it came by. Ends where all rows lead within `tolerance` of the target
+    or are at rounding, or after `most` calls.
     """
     scale = _norms(target).clamp_min(torch.finfo(target.dtype).tiny)
     states, made = start, step(start)
     best, least = states, _norms(target - made) / scale
     folded = torch.zeros_like(least, dtype=torch.bool)
+    stale = torch.zeros_like(folded, dtype=torch.long)
     calls = 1
-    while (unsolved := least > tolerance).any() and calls + 2 <= most:
+    while (unsolved := (least > tolerance) & (stale < PATIENCE)).any() and calls + 2 <= most:
         basis, hessenberg = _arnoldi(step, states, made, target - made, unsolved, min(KRYLOV, most - calls - 1))
         lowest = _lowest(hessenberg)
         folded |= unsolved & (lowest < 0)
         weights, _ = _combined(hessenberg, shift=-2 * lowest)
         change = torch.bmm((weights * _norms(target - made)[:, None])[:, None], basis[:, :-1])[:, 0]
-        change = change * (CAP * scale / change.norm(dim=1).clamp_min(torch.finfo(target.dtype).tiny)).clamp(max=1)[:, None]
+        shorter = CAP * scale / change.norm(dim=1).clamp_min(torch.finfo(target.dtype).tiny)
+        change = change * shorter.clamp(max=1)[:, None]
         states = torch.where(_rows(unsolved, states), states + change.view_as(states), best)
         made = step(states)
         calls += hessenberg.shape[2] + 1
         error = _norms(target - made) / scale
+        stale = torch.where(error < 0.9 * least, 0, stale + ((lowest == 0) & (shorter >= 1)))
         better = error < least
         best = torch.where(_rows(better, states), states, best)
         least = torch.minimum(error, least)
