@@ -63,8 +63,10 @@ def counting() -> Any:
         name: ClassVar[str] = "count-squares"
 
         n: Annotated[int, typer.Option(min=1, help="How many.")] = 4
-        die: Annotated[str, typer.Option(help="What becomes of unit 2: kill-once, kill, refuse, break, stop.")] = ""
-        marks: Annotated[str, typer.Option(help="A folder for who did what.")] = ""
+        die: Annotated[str, typer.Option(help="What becomes of unit 2: kill-once, kill, refuse, break, stop, nothing.")] = (
+            "nothing"
+        )
+        marks: Annotated[str, typer.Option(help="A folder for who did what.")]
 
         @property
         def subject(self) -> str:

@@ -139,7 +139,7 @@ class LatentStore:
         for block in blocks:
             if block not in left:
                 on_block(len(self._numbers(block)))
-        if not left:
+        if not left and not (self.folder / "locks").exists():  # of a process that was killed at its end, perhaps
             return
         with self._at_work():
             for wait in (False, True):  # what others hold comes last, should they not come to its end
