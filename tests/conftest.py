@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import io
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -69,7 +71,9 @@ def refused(*arguments: object, cwd: Path | str = ".") -> str:
 def process(*arguments: object, cwd: Path | str = ".") -> subprocess.Popen[str]:
     """The command line in a process of its own, which can be killed, and whose start and end are those that a user sees."""
     command = [sys.executable, "-c", "from probekit.cli import main; main()", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # a shell has what it starts in the background ignore SIGINT, and so would what that starts
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heard)
 
 
 def killed(*arguments: object, cwd: Path, when: Callable[[], bool]) -> None:

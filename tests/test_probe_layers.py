@@ -471,7 +471,7 @@ def test_shards_give_the_results_of_one_run_and_another_seed_others(folder: Path
     ("options", "said"),
     [
         (["--timesteps", "1000"], "--timesteps 1000: the schedule has timesteps 0 to 999"),
-        (["--timesteps", "many"], "--timesteps 'many': write timesteps as 875,625,375,125"),
+        (["--timesteps", "many"], "--timesteps 'many': write timesteps, as 875,625,375,125"),
         (["--captions", "some"], "--captions 'some': choose with, without or both"),
         (["--while", "asleep"], "--while 'asleep': choose noised or sampling"),
         (["--num-steps", "5"], "--num-steps 5: goes with --while sampling"),

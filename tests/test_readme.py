@@ -89,7 +89,7 @@ def test_the_script_and_the_pairs_of_the_page_on_injections_are_taken(tmp_path: 
     prompts = ["--prompt-original", "a small white moon at the right on a dotted green ground"]
     prompts += ["--prompt-edit", "a large red fish at the top left on a striped blue ground", "--num-steps", "2"]
     shown = probekit("inject", "script", script.title, "--layers", "up_blocks.2.attentions.1", *prompts, cwd=tmp_path)
-    assert shown.returncode == 0 and (tmp_path / "injected.png").exists(), shown.stderr
+    assert shown.returncode == 0 and [*tmp_path.glob("runs/inject-script/*/images/together/result.png")], shown.stderr
     asked = ["--pairs-file", pairs.title, "--layers", "mid_block", "--num-steps", "2", "--out", "run"]
     swept = probekit("inject", "sweep", *asked, cwd=tmp_path)
     assert swept.returncode == 0 and (tmp_path / "run" / "report.html").exists(), swept.stderr

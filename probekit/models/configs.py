@@ -83,8 +83,8 @@ def _parts(index: Path, name: str) -> dict[str, str]:
     for part, value in told.items():
         match value:
             case [str(library), str(made)]:
-                known = library in _LIBRARIES or (library.isidentifier() and (pipelines / library).is_dir())
-                if not known:
+                there = any((place / library).is_dir() for place in (pipelines, pipelines / "deprecated"))
+                if not (library in _LIBRARIES or (library.isidentifier() and there)):
                     raise ProbekitError(
                         f"{said}: {part!r} is of {checked.shown(library)}; nothing is imported but {' and '.join(_LIBRARIES)}"
                     )
