@@ -44,7 +44,7 @@ BARS: dict[str, dict[str, float]] = {
     "avatar-vae": {"reconstruction PSNR": 24, "attributes read off reconstructions": 0.9, FACES: 0.95},
     "avatar-vqvae": {"reconstruction PSNR": 35, "attributes read off reconstructions": 0.98},
     "avatar-flow": {"reconstruction PSNR": 60, "attributes read off reconstructions": 0.99, FACES: 0.9},
-    "avatar-ddpm": {"reconstruction PSNR": 27, "attributes read off reconstructions": 0.98},
+    "avatar-ddpm": {"reconstruction PSNR": 27, "attributes read off reconstructions": 0.98, FACES: 0.95},
     "mini-flow": {"reconstruction PSNR": 31, "attributes read off reconstructions": 0.98, FACES: 0.95},
     "avatar-ldm": {"reconstruction PSNR": 30, "attributes read off reconstructions": 0.97, FACES: 0.95},
     "avatar-gan": {},
