@@ -69,15 +69,15 @@ def test_a_sample_s_nearest_noise_is_its_own(made: Made) -> None:
     assert accuracy > (0.9 if made.diffusion.name == "avatar-ddpm" else 0.3)
 
 
-# whatever the network: three of them are enough
-@pytest.mark.parametrize("made", ["avatar-ddpm", "avatar-ldm", "mini-flow"], indirect=True)
+# whatever the network: a diffusion model and a flow are enough
+@pytest.mark.parametrize("made", ["avatar-ldm", "mini-flow"], indirect=True)
 def test_coupled_states_invert_exactly(made: Made) -> None:
     denoiser, images = made.diffusion.denoiser(8), made.image[:8]
     pairs = invert_coupled(denoiser, torch.stack([images, images], 1).double(), made.schedule).end
     assert (sample_coupled(denoiser, pairs, made.schedule).end[:, 0] - images).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("made", ["avatar-ddpm", "avatar-ldm", "mini-flow"], indirect=True)
+@pytest.mark.parametrize("made", ["avatar-ldm", "mini-flow"], indirect=True)
 def test_a_fixed_point_inverts_better_than_plain_inversion(made: Made) -> None:
     denoiser = made.diffusion.denoiser(8)
     with torch.no_grad():

@@ -66,7 +66,6 @@ def answer(desk: Desk, tab: str = "a", **told: Any) -> dict[str, Any]:
 # --- answers -----------------------------------------------------------------------------------------------------------
 
 ASKED: dict[str, dict[str, Any]] = {
-    "one layer": {"layers": [LAYER]},
     "two layers, blended, late": {"layers": [LAYER, "mid_block"], "operation": "blend", "weight": 0.5, "steps": "1"},
     "words": {"layers": [CROSS], "stream": "text", "words": "red fish"},
     "a mask, another noise": {"layers": [LAYER], "mask": "2x2:8", "noise": 3, "noise_edit": 4, "seed": 5},
