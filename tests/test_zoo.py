@@ -98,7 +98,7 @@ def test_a_checkpoint_of_another_training_or_a_damaged_one_is_refused_in_one_lin
 
     file, schedule = tmp_path / "some.pt", Schedule(steps=2, learning_rate=1e-2, warmup=1)
     train(torch.nn.Linear(2, 2), loss, schedule, checkpoint=file)
-    with pytest.raises(ProbekitError, match="of a training with seed 0 and Schedule") as error:
+    with pytest.raises(ProbekitError, match="of a training with 2 steps, seed 0 and Schedule") as error:
         train(torch.nn.Linear(2, 2), loss, replace(schedule, learning_rate=1e-3), checkpoint=file)
     assert "\n" not in str(error.value)
     with pytest.raises(ProbekitError, match="damaged or of another network; delete it"):
