@@ -77,6 +77,7 @@ def test_fewer_than_two_checkpoints_and_spaces_that_are_not_there_are_refused(tm
     assert list(checkpoint_paths("avatar-flow")) == [100, 700, 1500, 3500, 5000]  # the finished model is the last
 
 
+@pytest.mark.slow
 def test_any_space_of_any_model_is_probed_one_checkpoint_in_memory_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

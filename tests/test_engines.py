@@ -280,6 +280,7 @@ def test_what_is_damaged_is_done_again_and_said(marks: Path, file: str, capfd: p
 # --- shards ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [(3, 1, 2), (1, 2, 3)])
 def test_shards_in_any_order_give_the_bytes_of_one_run_and_the_last_collects(folder: Path, order: tuple[int, ...]) -> None:
     name = "shards-" + "".join(map(str, order))

@@ -108,6 +108,7 @@ def test_a_picture_with_its_report_is_shown_again(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "report.html").read_text() == page
 
 
+@pytest.mark.slow
 def test_noise_words_and_mask_are_what_they_say(tmp_path: Path) -> None:
     layer = "up_blocks.1.attentions.0.transformer_blocks.0.attn2"
     options: dict[str, Any] = {"prompt_original": MOON, "prompt_edit": FISH, "layers": [layer], "num_steps": 2}
@@ -129,7 +130,8 @@ def test_noise_words_and_mask_are_what_they_say(tmp_path: Path) -> None:
     assert (made["whole"] - made["no other word"]).abs().mean() < (made["whole"] - made["two words"]).abs().mean()
 
 
-def test_layers_apart_give_a_map_killed_or_in_shards_the_same(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_layers_apart_give_a_map_and_in_shards_the_same(tmp_path: Path) -> None:
     asked = [
         "inject",
         "image",

@@ -73,6 +73,7 @@ ASKED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ASKED)
 def test_a_copied_command_and_a_copied_script_give_exactly_that_picture(
     desk: Desk, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -90,6 +91,7 @@ def test_a_copied_command_and_a_copied_script_give_exactly_that_picture(
     assert (tmp_path / "picture.png").read_bytes() == pixels(told["picture"])
 
 
+@pytest.mark.slow
 def test_the_same_question_gives_the_same_bytes_whatever_was_asked_before(desk: Desk, tmp_path: Path) -> None:
     first = answer(desk, layers=[LAYER])["picture"]
     answer(desk, layers=["mid_block"])
@@ -212,6 +214,7 @@ def test_a_page_that_goes_stops_what_it_asked(desk: Desk, monkeypatch: pytest.Mo
 # --- sweeps and runs ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sweep_stopped_half_way_is_kept_and_its_command_goes_on(
     desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,6 +251,7 @@ def test_a_sweep_by_time_tells_of_every_window_and_layer(desk: Desk, monkeypatch
     assert "percents" in refused["error"]
 
 
+@pytest.mark.slow
 def test_an_answer_saved_as_a_run_is_described(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     told = answer(desk, layers=[LAYER], steps="1")
@@ -281,6 +285,7 @@ def lines(opened: Inspector, path: str, body: Any) -> list[dict[str, Any]]:
     return [json.loads(line) for line in httpx.post(f"{opened.url}{path}", json=body, timeout=120).text.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_question_over_http_and_by_gradio_client(opened: Inspector, desk: Desk) -> None:
     from gradio_client import Client
 
@@ -336,6 +341,7 @@ def test_bad_input_is_one_line_and_the_server_lives_on(opened: Inspector, path: 
     assert httpx.post(f"{opened.url}stop", json={"tab": "a"}).json() == {}
 
 
+@pytest.mark.slow
 def test_pictures_that_are_given_are_inverted(opened: Inspector, desk: Desk) -> None:
     from probekit.data.scenes import Scene, render
     from probekit.inspector.preview import png
@@ -367,6 +373,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.name: path for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_finished_runs_are_served_whole_and_what_is_none_is_refused(finished: dict[str, Path], tmp_path: Path) -> None:
     two = inspect(finished["sweep"], str(finished["apart"]))
     try:
@@ -392,6 +399,7 @@ def test_finished_runs_are_served_whole_and_what_is_none_is_refused(finished: di
         assert said in told, told
 
 
+@pytest.mark.slow
 def test_it_ends_with_its_temporary_files(finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     running = process("inspect", finished["apart"], "--no-browser", cwd=tmp_path)

@@ -170,6 +170,7 @@ def test_python_gets_the_findings_and_the_same_again_for_nothing(folder: Path) -
             ProbeRun(**wrong)
 
 
+@pytest.mark.slow
 def test_shards_in_any_order_give_the_results_of_one_run(folder: Path) -> None:
     probe = ProbeRun(models=TWO, train=300, test=50, kind="ridge")
     probe.run(out="whole")

@@ -197,6 +197,7 @@ def test_half_precision_arithmetic_is_done_in_float32_and_what_overflows_is_said
 # --- inversions --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheduler",
     [DDIMScheduler(set_alpha_to_one=False), DDIMScheduler(prediction_type="v_prediction"), FlowMatchEulerDiscreteScheduler()],

@@ -191,6 +191,7 @@ def test_an_activation_in_an_image_of_one_s_own_gives_what_sampling_from_the_noi
 
 # newton takes a thousand calls where a step of mini-sd's stalls; test_inversions has it
 @pytest.mark.parametrize("method", [name for name, one in INVERSIONS.items() if not one.flows and name != "newton"])
+@pytest.mark.slow
 def test_inversions_of_every_method_lead_there_and_back(mini_sd: Model, method: str) -> None:
     inversion, steps = INVERSIONS[method], 50 if method in ("plain", "renoised") else 10  # those that solve are exact in few
     space, code = mini_sd.space(f"inverted:method={method}:steps={steps}"), mini_sd.space("code")

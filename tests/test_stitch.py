@@ -195,6 +195,7 @@ def test_more_samples_a_moved_model_and_new_weights_are_told_apart(folder: Path)
     assert digests[0] != digests[1]
 
 
+@pytest.mark.slow
 def test_a_damaged_latent_is_encoded_again_and_that_is_said(folder: Path) -> None:
     assert probekit(*RUN, "--models", TWO, "--out", "run").returncode == 0
     file = min(p for p in (folder / "runs" / "latents").rglob("*") if p.is_file() and "/latents/c/" in p.as_posix())

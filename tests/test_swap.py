@@ -77,6 +77,7 @@ def test_a_text_encoders_layer_is_taken_from_e() -> None:
     assert (swap(rule) - swap.original).abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_layers_are_captured_once_and_in_as_many_runs_as_memory_needs(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [la.name for la in hooks.select(model.layers, hooks.default_layers(model.denoiser))]
     roomy, tight = swap_of(model), swap_of(model)
