@@ -174,6 +174,7 @@ def test_pairs_of_a_file_have_the_number_they_name_else_that_of_their_place(pair
 MIDDLE = ["down_blocks.1.resnets.0", "mid_block.attentions.0", "up_blocks.0.resnets.0"]
 
 
+@pytest.mark.slow
 def test_what_a_sweep_writes_under_a_layers_name_is_of_that_layer_and_window(
     tiny_sd: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -228,6 +229,7 @@ def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(
     assert all((out / p).read_bytes() == (tmp_path / "whole" / p).read_bytes() for p in pictures)
 
 
+@pytest.mark.slow
 def test_one_custom_injection_and_one_by_a_script(tiny_folder: Path, tmp_path: Path) -> None:
     prompts = ["--model", tiny_folder, "--prompt-original", "a red fish", "--prompt-edit", "a blue star", "--num-steps", "2"]
     prompts += ["--layers", "mid_block"]

@@ -57,6 +57,7 @@ def states(run: Path, step: int) -> Tensor:
     return torch.from_numpy(np.concatenate([np.load(block) for block in blocks]))
 
 
+@pytest.mark.slow
 def test_every_checkpoint_has_every_measure_with_its_interval_and_chance(rows: pd.DataFrame) -> None:
     assert list(rows.columns) == ["step", "measure", "value", "low", "high", "n", "chance"]
     assert rows.step.drop_duplicates().tolist() == [5, 40, 100]

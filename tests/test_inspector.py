@@ -411,6 +411,7 @@ def test_it_ends_with_its_temporary_files(finished: dict[str, Path], tmp_path: P
     assert not [*tmp_path.glob("probekit-inspect-*")]
 
 
+@pytest.mark.slow
 def test_in_a_notebook_they_show_themselves(opened: Inspector, finished: dict[str, Path]) -> None:
     assert f'<iframe src="{opened.url}"' in opened._repr_html_()
     model = load("mini-sd", device="cpu")

@@ -54,6 +54,7 @@ def finished(folder: Path) -> Path:
     return folder / "whole"
 
 
+@pytest.mark.slow
 def test_the_rows_are_what_the_models_latents_measure(folder: Path, finished: Path) -> None:
     rows = pd.read_parquet(finished / "results.parquet").set_index(["method", "measure"])
     diffusion = diffusion_of(folder)
@@ -121,6 +122,7 @@ def test_noise_is_that_of_its_number(folder: Path, finished: Path) -> None:
     assert torch.equal(torch.from_numpy(noise[7]), diffusion_of(folder).noise([7], 0)[0])
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_beside_itself_and_describe_writes_it_again(folder: Path, finished: Path) -> None:
     report = "report.html"
     page = (finished / report).read_text()
@@ -153,6 +155,7 @@ def test_killed_and_started_again_gives_the_same_rows_and_makes_nothing_twice(fo
     assert "steps 20 there, 10 here" in refused(*RUN, "--steps", "10", "--out", "killed", cwd=folder)
 
 
+@pytest.mark.slow
 def test_from_python_the_findings_are_those_of_the_command_line_and_nothing_is_done_again(
     folder: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

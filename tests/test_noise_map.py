@@ -47,6 +47,7 @@ def stacked(run: Path, steps: int, key: str) -> torch.Tensor:
     return torch.from_numpy(Stacked([block / f"{key}.npy" for block in blocks])[:])
 
 
+@pytest.mark.slow
 def test_second_moments_predict_the_map_as_the_best_denoiser_of_normal_data_makes_it(folder: Path) -> None:
     options = ["--steps", "3", "--theory", "avatars", "--out", "theory"]
     done = probekit(*RUN[:6], *options, "--device", "cpu", cwd=folder)

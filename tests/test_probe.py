@@ -116,6 +116,7 @@ def test_classes_are_mapped_too_and_captions_are_probed_as_pictures_are(folder: 
     }
 
 
+@pytest.mark.slow
 def test_probes_are_kept_in_the_run_s_folder(folder: Path) -> None:
     found = ProbeRun(models=TWO, train=600, test=100, kind="ridge").run(out="run")
     probes = Probes.of_arrays(found.run.arrays("probes-./own.py:Pixels"))
@@ -153,6 +154,7 @@ def test_latents_are_encoded_from_the_command_line_and_can_be_read_by_anyone(fol
     assert "of something else" in refused("latents", "encode", "./own.py:Rotated", "--n", "10", "--out", "here")
 
 
+@pytest.mark.slow
 def test_python_gets_the_findings_and_the_same_again_for_nothing(folder: Path) -> None:
     probe = ProbeRun(models=TWO, train=300, test=50, kind="ridge")
     found = probe.run(out="run")

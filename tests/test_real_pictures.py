@@ -82,6 +82,7 @@ def test_the_pipelines_own_sampling_is_the_way_back_of_the_inversion(family: str
     assert not torch.allclose(made, noise, atol=1e-2)  # where it starts matters
 
 
+@pytest.mark.slow
 def test_without_guidance_it_comes_as_near_as_the_autoencoder_and_its_latent_is_as_wide_as_noise(
     mini: Model, files: dict[str, Path]
 ) -> None:
@@ -152,6 +153,7 @@ def test_numbered_noise_as_a_latent_is_the_noise_of_that_number(mini: Model) -> 
     assert torch.equal(by_number, as_latent)
 
 
+@pytest.mark.slow
 def test_a_given_picture_into_itself_stays_and_the_sweeps_o_is_what_was_made_again(mini: Model, files: dict[str, Path]) -> None:
     itself = Pair("own-00", "own", FISH, FISH, "a moon", 0, str(files["fish"]), str(files["fish"]))
     found = starts_of(mini, itself, seed=0, steps=STEPS, guidance=None, method=None)

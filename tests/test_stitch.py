@@ -272,6 +272,7 @@ def test_killed_and_started_again_the_result_is_that_of_an_uninterrupted_run(fol
         assert (folder / "killed" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_python_gets_the_findings_and_the_same_again_for_nothing(folder: Path) -> None:
     stitch = StitchRun(models=TWO, train=260, test=20)
     found = stitch.run(out="run")
@@ -297,6 +298,7 @@ def test_shards_in_any_order_give_the_results_of_one_run(folder: Path) -> None:
         assert (folder / "parts" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_one_factorization_of_a_source_serves_all_its_targets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
