@@ -13,12 +13,12 @@ from probekit.models import load
 from probekit.sampling import Diffusion, Schedule, invert, invert_coupled, invert_fixed_point, sample, sample_coupled
 
 pytestmark = pytest.mark.slow
-N, STEPS = 32, 25
+N, STEPS = 32, 50
 
 
 @dataclass
 class Made:
-    """Noises, their samples in 25 steps, the latents of plain inversion, and every state on the way to the samples."""
+    """Noises, their samples in 50 steps, the latents of plain inversion, and every state on the way to the samples."""
 
     diffusion: Diffusion
     schedule: Schedule
@@ -60,7 +60,7 @@ def test_latents_are_not_noise_where_the_picture_is_plain(made: Made) -> None:
 @pytest.mark.parametrize("made", ["avatar-ddpm", "mini-flow"], indirect=True)
 def test_the_trajectory_is_nearest_to_the_latent_on_its_way(made: Made) -> None:
     away = torch.stack([(state - made.latent).flatten(1).norm(dim=1).mean() for state in made.states])
-    assert 0.1 < int(away.argmin()) / STEPS < 0.9  # neither where it starts nor where it ends
+    assert 0.1 < int(away.argmin()) / STEPS < 0.7
 
 
 def test_a_sample_s_nearest_noise_is_its_own(made: Made) -> None:
@@ -69,15 +69,15 @@ def test_a_sample_s_nearest_noise_is_its_own(made: Made) -> None:
     assert accuracy > (0.9 if made.diffusion.name == "avatar-ddpm" else 0.3)
 
 
-# whatever the network: a diffusion model and a flow are enough
-@pytest.mark.parametrize("made", ["avatar-ldm", "mini-flow"], indirect=True)
+# whatever the network: three of them are enough
+@pytest.mark.parametrize("made", ["avatar-ddpm", "avatar-ldm", "mini-flow"], indirect=True)
 def test_coupled_states_invert_exactly(made: Made) -> None:
     denoiser, images = made.diffusion.denoiser(8), made.image[:8]
     pairs = invert_coupled(denoiser, torch.stack([images, images], 1).double(), made.schedule).end
     assert (sample_coupled(denoiser, pairs, made.schedule).end[:, 0] - images).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("made", ["avatar-ldm", "mini-flow"], indirect=True)
+@pytest.mark.parametrize("made", ["avatar-ddpm", "avatar-ldm", "mini-flow"], indirect=True)
 def test_a_fixed_point_inverts_better_than_plain_inversion(made: Made) -> None:
     denoiser = made.diffusion.denoiser(8)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from probekit.experiments import InjectImage
 from probekit.experiments.inject_picture import read_mask
 from probekit.images import load_png
 from probekit.report import picture as report
-from tests.conftest import probekit, refused
+from tests.conftest import killed_once, probekit, refused
 
 MOON = "a small white moon at the right on a dotted green ground"
 FISH = "a large red fish at the top left on a striped purple ground"
@@ -155,6 +155,17 @@ def test_layers_apart_give_a_map_and_in_shards_the_same(tmp_path: Path) -> None:
     for part in ("2/2", "1/2"):
         assert probekit(*asked, "--out", tmp_path / "shards", "--shard", part).returncode == 0
     assert (tmp_path / "shards" / "results.parquet").read_bytes() == results
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    asked = ["inject", "image", *CAPTIONS, "--layers", "@attentions", "--apart"]
+    whole = probekit(*asked, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    killed_once(asked, tmp_path, "killed")
+    for file in ("results.parquet", "report.html"):
+        written = [(tmp_path / name / file).read_bytes() for name in ("whole", "killed")]
+        assert len({content.replace(b"killed", b"whole") for content in written}) == 1, file
 
 
 def test_bad_questions_are_one_line(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import runpy
 import shlex
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,15 @@ class Held:
         monkeypatch.setattr(Swap, "_paint", held)
 
 
+def until(come: Callable[[], bool]) -> None:
+    """Wait for it, a minute at most."""
+    for _ in range(6000):
+        if come():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come")
+
+
 def in_background(events: Iterator[dict[str, Any]]) -> tuple[threading.Thread, list[dict[str, Any]]]:
     found: list[dict[str, Any]] = []
     thread = threading.Thread(target=lambda: found.extend(events))
@@ -186,15 +196,12 @@ def test_a_newer_question_takes_the_place_of_a_tabs_older_ones_and_another_tab_w
     computing = in_background(desk.ask("one", question(desk, layers=[LAYER])))
     assert held.begun.wait(60)
     waiting = in_background(desk.ask("one", question(desk, layers=["mid_block"])))
-    while "one" not in desk._newest:
-        pass
+    until(lambda: "one" in desk._newest)
     other = in_background(desk.ask("two", question(desk, layers=[LAYER])))
-    while "two" not in desk._newest:
-        pass
+    until(lambda: "two" in desk._newest)
     ticket = desk._newest["one"]
     newest = in_background(desk.ask("one", question(desk, layers=["mid_block.resnets.0"])))
-    while desk._newest["one"] is ticket:
-        pass
+    until(lambda: desk._newest["one"] is not ticket)
     held.go.set()
     for thread, _ in (computing, waiting, other, newest):
         thread.join(60)

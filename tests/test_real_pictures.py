@@ -26,7 +26,7 @@ from probekit.models.families.text_to_image import as_model
 from probekit.report.injection.given import MadeAgain
 from probekit.runs.folder import Run
 from probekit.sampling.inversions import restored
-from tests.conftest import probekit, refused
+from tests.conftest import killed_once, probekit, refused
 from tests.pipelines import build
 
 FISH = "a large red fish at the left on a plain blue ground"
@@ -293,6 +293,23 @@ def test_pairs_name_pictures_beside_their_file(files: dict[str, Path]) -> None:
     assert sweep.guidance_scale == 1.0 and InjectSweep(pairs_file=listed, guidance=2.0).guidance_scale == 2.0
     told = [set(told) & {"image_original", "image_edit"} for told in sweep.inputs()["swept_pairs"]]
     assert told == [{"image_original"}, set()]
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_given_pictures_goes_on_to_the_same_bytes(
+    tiny_folder: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    listed = tmp_path / "pairs.yaml"
+    listed.write_text("".join(f"- {{original: fish {n}, edit: {STAR}, image_edit: {files['star']}}}\n" for n in range(3)))
+    sweep = ["inject", "sweep", "--model", tiny_folder, "--pairs-file", listed, "--num-steps", 2, "--layers", "@mid"]
+    sweep += ["--inversion", "plain"]
+    killed_once(sweep, tmp_path, "killed")
+    assert probekit(*sweep, "--out", tmp_path / "whole").returncode == 0
+    results = [(tmp_path / out / "results.parquet").read_bytes() for out in ("killed", "whole")]
+    assert results[0] == results[1]
+    both = [sorted((tmp_path / out / "images").rglob("*.png")) for out in ("killed", "whole")]
+    assert len(both[0]) == len(both[1]) and "E_given.png" in {path.name for path in both[0]}
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*both, strict=True))
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ torch.save(reader.state_dict(), Path(sys.argv[1]) / "done.pt")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_training_killed_and_started_again_gives_the_weights_of_an_uninterrupted_one(tmp_path: Path, dtype: str) -> None:
     def start(name: str) -> subprocess.Popen[bytes]:
         (tmp_path / name).mkdir(exist_ok=True)
