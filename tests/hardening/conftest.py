@@ -53,9 +53,13 @@ class Rotated(Pixels):
     def sample(self, n, generator):
         return torch.randn(n, 192, generator=generator)
 '''
+OPERATION = "def operation(target, source, context):\n    return (target + source) / 2\n"
+PICTURES = "--model sd --prompt-original fish --prompt-edit star --num-steps 2"
 TWO = "./own.py:Pixels,./own.py:Rotated"
 EXPERIMENTS = {
     "inject-sweep": "inject sweep --model sd --pairs-file pairs.yaml --num-steps 2 --layers mid_block",
+    "inject-image": f"inject image {PICTURES} --apart --windows 2 --layers mid_block --layers up_blocks.0",
+    "inject-script": f"inject script operation.py {PICTURES} --layers mid_block",
     "inject-calibrate": "inject calibrate --pairs 1 --num-steps 4 --seed 1 --measure outputs",
     "stitch-run": f"stitch run --train 60 --test 20 --models {TWO}",
     "stitch-edit": f"stitch edit --train 300 --test 20 --attributes Eyeglasses,Blue_Background --models {TWO}",
@@ -105,6 +109,7 @@ def place(tiny_sd: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, picture in enumerate(pixels):
         Image.fromarray(picture).save(root / "images" / f"{i:02d}.png")
     (root / "own.py").write_text(OWN)
+    (root / "operation.py").write_text(OPERATION)
     (root / "pairs.yaml").write_text(
         "- {original: a red fish, edit: a red star, factor: content}\n"
         "- {original: a red fish at the left, edit: a red fish at the right, factor: structure}\n"
