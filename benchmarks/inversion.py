@@ -1,6 +1,7 @@
 """What sampling and inversion cost beyond the network's calls, and what it costs to find every sample's nearest noise.
 
     python benchmarks/inversion.py [--model avatar-ddpm] [--rows 16] [--steps 20] [--n 2048] [--pixels 3072] [--repeats 5]
+    python benchmarks/inversion.py --methods fixed-point,newton [--model mini-flow] [--rows 4] [--steps 50]    # of these alone
     python benchmarks/inversion.py --mapped 50000    # writes two times n * 49,152 bytes, for as long as it takes
 
 Sampling and every inversion are timed against the same number of bare calls of the network on as many rows, in turn, and the
@@ -41,7 +42,7 @@ def calls(asked: argparse.Namespace) -> None:
     image = sample(denoiser, noise, schedule).end
     ways: dict[str, Callable[[], Any]] = {"sample": lambda: sample(denoiser, noise, schedule)}
     for name, inversion in INVERSIONS.items():
-        if inversion.flows and schedule.prediction != "flow":
+        if (inversion.flows and schedule.prediction != "flow") or (asked.methods and name not in asked.methods.split(",")):
             continue
         fresh = seeds.fresh_noise(noises(name, asked.steps, diffusion.shape), range(asked.rows), 0)
         ways[name] = lambda inversion=inversion, fresh=fresh: inversion.invert(denoiser, image, schedule, fresh, 1)
@@ -143,12 +144,15 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=2048)
     parser.add_argument("--pixels", type=int, default=3072)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--methods", default="")
     parser.add_argument("--mapped", type=int)
     asked = parser.parse_args()
     if asked.mapped:
         mapped(asked.mapped)
         return
     calls(asked)
+    if asked.methods:
+        return
     results = {}
     for way in WAYS:
         with multiprocessing.get_context("spawn").Pool(1) as pool:

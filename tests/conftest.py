@@ -8,11 +8,14 @@ import functools
 import inspect
 import io
 import json
+import multiprocessing
 import os
 import pickle
+import pkgutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import types
 import warnings
@@ -28,6 +31,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+import probekit as package
 from probekit.cli import main
 from probekit.zoo.scene_clip import MAX_TOKENS, tokenizer
 
@@ -76,13 +80,50 @@ def process(*arguments: object, cwd: Path | str = ".") -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heard)
 
 
+@functools.cache
+def _imported() -> Any:
+    """What makes processes by forking one that has imported everything: a fresh one takes seconds of a core to do so."""
+    made = multiprocessing.get_context("forkserver")
+    own = [module.name for module in pkgutil.walk_packages(package.__path__, "probekit.") if "__main__" not in module.name]
+    made.set_forkserver_preload([*own, "diffusers", "transformers", "pandas", "matplotlib.pyplot", "pyarrow.parquet", "zarr"])
+    return made
+
+
+_FORKED = """
+import os, sys
+os.chdir(cwd)
+for number in (1, 2):
+    os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), number)
+sys.argv = ["probekit", *arguments]
+from probekit.cli import main
+main()
+"""
+
+
+@contextlib.contextmanager
+def forked(*arguments: object, cwd: Path | str = ".") -> Iterator[tuple[multiprocessing.process.BaseProcess, Path]]:
+    """The command line in a process of its own, there at once and without checks of shapes, and the file of what it says."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder) / "said"
+        said.touch()
+        names = {"cwd": str(cwd), "said": str(said), "arguments": [str(argument) for argument in arguments]}
+        run = _imported().Process(target=exec, args=(_FORKED, names))
+        run.start()
+        try:
+            yield run, said
+        finally:
+            run.kill()
+            run.join()
+
+
 def killed(*arguments: object, cwd: Path, when: Callable[[], bool]) -> None:
     """Start a run and kill it, as soon as may be after `when`."""
-    with process(*arguments, cwd=cwd) as run:
-        while run.poll() is None and not when():
+    with forked(*arguments, cwd=cwd) as (run, said):
+        while run.is_alive() and not when():
             time.sleep(0.002)
         run.kill()
-    assert run.returncode == -9 and when(), f"it was over, with exit code {run.returncode}, before it could be killed"
+        run.join()
+        assert run.exitcode == -9 and when(), f"it was over before it could be killed: {run.exitcode}, {said.read_text()}"
 
 
 def killed_once(arguments: Sequence[object], cwd: Path, out: str, *, again: Sequence[object] | None = None) -> dict[Path, int]:

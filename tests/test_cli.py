@@ -21,7 +21,7 @@ from probekit.images import load_png, to_uint8
 from probekit.metrics.lpips import distance, features
 from probekit.models import load
 from probekit.models.painter import Painter
-from tests.conftest import killed, probekit, process, refused
+from tests.conftest import forked, killed, probekit, process, refused
 
 MARKUP = "a red fish at the right</script><b>"
 
@@ -333,9 +333,10 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny_folder: Path, tmp_path: Path
         assert said in refused(*arguments, cwd=tmp_path), name
     for name in TALKATIVE:
         arguments, said = cases[name]
-        with process(*arguments, cwd=tmp_path) as run:
-            _, stderr = run.communicate()
-        assert run.returncode == 2 and said in stderr and stderr.count("\n") == 1, (name, stderr)
+        with forked(*arguments, cwd=tmp_path) as (run, file):
+            run.join()
+            stderr = file.read_text()
+        assert run.exitcode == 2 and said in stderr and stderr.count("\n") == 1, (name, stderr)
     assert sorted(tmp_path.rglob("*")) == before
 
 
