@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pandas as pd
 import pytest
@@ -310,6 +311,31 @@ def test_a_chunk_that_says_it_is_larger_than_a_block_is_refused_unread(tmp_path:
     chunk.write_bytes(content)
     with pytest.raises(ProbekitError, match=r"damaged .*is no chunk of 12800 bytes"):
         store.read([5])
+
+
+def test_a_chunk_that_inflates_to_10_gigabytes_is_refused_in_little_memory(tmp_path: Path) -> None:
+    store = LatentStore(tmp_path / "a", noisy(), Ramp())
+    store.encode([5])
+    (chunk,) = store._files(0)
+    repeated, blocks = (131_072 << 3 | 1 << 1).to_bytes(3, "little") + b"\0", 76_294  # 128 KiB of zeros, so often
+    frame = b"\x28\xb5\x2f\xfd\xe0" + (131_072 * blocks).to_bytes(8, "little") + repeated * (blocks - 1)
+    frame += bytes([repeated[0] | 1]) + repeated[1:]
+    head = chunk.read_bytes()[:12]  # which says, as it should, 12,800 bytes
+    sizes = (16 + 4 + 4 + len(frame), 16 + 4, len(frame))  # of all; where the one block begins, and how long it is
+    bomb = head + b"".join(size.to_bytes(4, "little") for size in sizes) + frame
+    chunk.write_bytes(bomb + google_crc32c.value(bomb).to_bytes(4, "little"))
+    assert len(bomb) < 400_000
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    with pytest.raises(ProbekitError, match="damaged .*decompression"):
+        store.read([5])
+    assert resident("VmHWM") - before < 200e6
+
+
+def resident(what: str) -> int:
+    """This process's memory in bytes, as the kernel counts it."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) * 1024
 
 
 def test_several_processes_each_encode_what_no_other_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
