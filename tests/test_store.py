@@ -327,7 +327,7 @@ def test_a_chunk_that_inflates_to_10_gigabytes_is_refused_in_little_memory(tmp_p
     assert len(bomb) < 400_000
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = resident("VmRSS")
-    with pytest.raises(ProbekitError, match="damaged .*decompression"):
+    with pytest.raises(ProbekitError, match=r"damaged .*decompression"):
         store.read([5])
     assert resident("VmHWM") - before < 200e6
 
