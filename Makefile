@@ -24,7 +24,7 @@ test-fast: .venv/installed-test
 # their names keep them out of the tests
 harden: .venv/installed-test
 	$(PYTEST) --durations=10 -o python_files="kills.py damages.py inputs.py determinism.py" tests/hardening
-	cat build/determinism/*.md
+	cat build/hardening/inputs.txt build/hardening/*.md
 
 # the folders hooks/ and experiments/ install as parts of probekit: linters are shown the packages as they are installed
 lint: .venv/installed-dev

@@ -239,12 +239,14 @@ def train(
 ) -> None:
     """Train a bundled model by its recipe; killed and started again, it goes on where it was."""
     from probekit.bundled import weights
+    from probekit.files import sweep
     from probekit.zoo import recipes
 
     recipe, folder = recipes.find(name), out or weights(name)
     for flag, place in (("--out", folder), ("--checkpoints", checkpoints)):
         checked.folder_to_write(f"{flag} {str(place)!r}", place)
     recipe.train(folder, checkpoints, seed)
+    sweep(folder)  # of what one that was killed as it wrote its weights has left
 
 
 @groups["zoo"].command()

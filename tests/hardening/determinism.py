@@ -33,7 +33,7 @@ def test_the_same_command_gives_the_same_bytes_and_what_else_it_depends_on_is_me
     else:
         told.append("-")
     told.append(apart(done(warmed, command, room(place, tmp_path / "threads"), threads=2), first))
-    table = Path("build/determinism")
+    table = Path("build/hardening")
     table.mkdir(parents=True, exist_ok=True)
     (table / f"{name}.md").write_text(f"| {' | '.join(told)} |\n")
 
