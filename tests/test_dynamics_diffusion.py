@@ -177,6 +177,7 @@ def test_checkpoints_are_loaded_once_to_sample_and_never_to_measure(folder: Path
     assert len(loads) == 3 + 3 + 3  # its own inputs, then the samples
 
 
+@pytest.mark.slow
 def test_latent_diffusion_is_compared_by_its_decoded_pictures(ldm_folder: Path, tmp_path: Path) -> None:
     for step in (1, 2):
         shutil.copytree(ldm_folder, tmp_path / "my-ldm" / f"step-{step}")
@@ -271,6 +272,7 @@ def test_the_headline_says_when_the_mapping_stands() -> None:
     )
 
 
+@pytest.mark.slow
 def test_an_untrained_checkpoint_and_a_great_many_of_them_have_a_place_in_the_figures(folder: Path, tmp_path: Path) -> None:
     from probekit.report.dynamics_diffusion import COLUMNS, _columns, findings
 

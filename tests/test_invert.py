@@ -168,6 +168,7 @@ def test_from_python_the_findings_are_those_of_the_command_line_and_nothing_is_d
     assert html.count("<svg") == 4 and "round-trip error" in html and "most faithful way there and back is" in html
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [(3, 1, 2), (2, 3, 1)])
 def test_shards_in_any_order_give_the_bytes_of_one_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...]
@@ -214,6 +215,7 @@ def test_every_inversion_runs_wherever_inversions_do(folder: Path, monkeypatch: 
         InvertTrajectory(model="ddpm", steps=4, n=4, method=method, device="cpu").run(out=f"way-{method}")
 
 
+@pytest.mark.slow
 def test_images_of_ones_own_are_inverted(folder: Path) -> None:
     options = ["--methods", "plain,edict", "--data", "folder:images", "--split", "train"]
     made = probekit(*RUN, *options, "--out", "own", cwd=folder)
@@ -268,6 +270,7 @@ def best(folder: Path, data: torch.Tensor, method: str) -> list[torch.Tensor]:
 THEORY = ["--theory", "folder:images"]
 
 
+@pytest.mark.slow
 def test_second_moments_predict_what_the_latents_of_every_inversion_measure(folder: Path) -> None:
     methods = ("plain", "renoised", "edict")
     made = probekit(*RUN, *THEORY, "--methods", ",".join(methods), "--out", "theory", cwd=folder)
@@ -354,6 +357,7 @@ def test_what_cannot_be_told_is_said_so(folder: Path, finished: Path) -> None:
     assert passed((0.5, 0.45, 0.55), (1, 0.9, 1.1)).endswith("whether it is within cannot be told.")
 
 
+@pytest.mark.slow
 def test_a_trajectory_is_the_same_however_many_rows_go_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for size, kept in ((64, 2**27), (3, 2**27), (64, 1)):
@@ -392,6 +396,7 @@ def test_the_remedy_s_noise_is_not_the_sample_s_own(folder: Path) -> None:
     assert alike.abs().max() < 0.5  # of 192 values
 
 
+@pytest.mark.slow
 def test_two_images_become_each_other(folder: Path) -> None:
     options = ["--model", "ddpm", "--steps", "20", "--data", "folder:images", "--frames", "4", "--device", "cpu"]
     made = probekit("invert", "interpolate", *options, "--methods", "fixed-point,edict", "--out", "between", cwd=folder)
@@ -409,6 +414,7 @@ def test_two_images_become_each_other(folder: Path) -> None:
     assert "--pictures '0,x'" in refused(*wrong, cwd=folder) and not (folder / "x").exists()
 
 
+@pytest.mark.slow
 def test_a_trajectory_and_an_interpolation_from_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     ways: list[tuple[Any, str]] = [

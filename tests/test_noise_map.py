@@ -98,6 +98,7 @@ def test_what_is_beyond_second_moments_is_told_from_what_is_not() -> None:
     assert second_moments({"inputs": {}}, rows.assign(predicted=float("nan"))) == ""
 
 
+@pytest.mark.slow
 def test_the_rows_are_those_of_all_distances_between_what_is_stored(folder: Path) -> None:
     noise, diffusion = stacked(folder / "whole", 3, "noise"), load(str(folder / "tiny"), device="cpu").diffusion
     assert torch.equal(noise, diffusion.noise(range(N), 0))

@@ -126,6 +126,7 @@ def test_what_lies_beside_a_patch_does_not_shine_through(monkeypatch: pytest.Mon
     assert torch.equal(data.images([number]), before)
 
 
+@pytest.mark.slow
 def test_every_photograph_and_scale_comes_about_as_often() -> None:
     patches = [Photos().patch(i) for i in range(3000)]
     often = np.bincount([p.picture for p in patches]) / 3000

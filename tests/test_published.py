@@ -164,6 +164,7 @@ def offloaded(how: str) -> Model:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["model", "sequential"])
 def test_an_offloaded_pipeline_is_the_same_model(how: str) -> None:
     plain, moved = load("mini-sd", device="cpu"), offloaded(how)
@@ -200,6 +201,7 @@ def test_what_a_row_takes_is_what_more_rows_take_more() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_sweep_says_beforehand_what_it_takes(tmp_path: Path) -> None:
     sweep = (
         "inject",

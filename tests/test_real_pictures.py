@@ -259,6 +259,7 @@ def test_another_picture_under_the_same_name_is_another_run(tiny_folder: Path, f
         Run(tmp_path / "run", sweep.name, sweep.options, again)
 
 
+@pytest.mark.slow
 def test_one_injection_into_a_photograph_warns_that_mini_sd_knows_none(files: dict[str, Path], tmp_path: Path) -> None:
     from skimage.data import chelsea
 

@@ -54,6 +54,7 @@ def rules(model: Model) -> dict[str, list[Injection]]:
     }
 
 
+@pytest.mark.slow
 def test_a_picture_is_the_sweeps_and_does_not_depend_on_what_was_asked_before(model: Model) -> None:
     asked = rules(model)
     swap = swap_of(model)

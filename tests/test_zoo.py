@@ -346,6 +346,7 @@ def test_a_prompt_is_encoded_once() -> None:
     assert len(calls) == 3  # two prompts, and once the empty one for guidance
 
 
+@pytest.mark.slow
 def test_injecting_e_into_itself_gives_e_at_every_layer_of_mini_sd() -> None:
     model = load("mini-sd", device="cpu")
     caption = all_scenes()[123].caption
