@@ -343,8 +343,6 @@ FAMILIES: dict[str, Family] = {
         Schedule(steps=3_000, learning_rate=2e-3, weight_decay=0.0),
         batch=32,
     ),
-    # The bundled weights are older: 5,000 steps of 32 with neither mixing, path lengths nor augmentation. Of this recipe 4,766
-    # steps have been run, after which samples are as near to avatars as theirs, and ten times as many show a face.
     "avatar-gan": Family(
         build_gan,
         stylegan2_ada.loss,
