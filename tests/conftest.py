@@ -81,7 +81,7 @@ def process(*arguments: object, cwd: Path | str = ".") -> subprocess.Popen[str]:
 
 
 @functools.cache
-def _imported() -> Any:
+def imported() -> Any:
     """What makes processes by forking one that has imported everything: a fresh one takes seconds of a core to do so."""
     made = multiprocessing.get_context("forkserver")
     own = [module.name for module in pkgutil.walk_packages(package.__path__, "probekit.") if "__main__" not in module.name]
@@ -107,7 +107,7 @@ def forked(*arguments: object, cwd: Path | str = ".") -> Iterator[tuple[multipro
         said = Path(folder) / "said"
         said.touch()
         names = {"cwd": str(cwd), "said": str(said), "arguments": [str(argument) for argument in arguments]}
-        run = _imported().Process(target=exec, args=(_FORKED, names))
+        run = imported().Process(target=exec, args=(_FORKED, names))
         run.start()
         try:
             yield run, said

@@ -13,7 +13,7 @@ from probekit.models import load
 from probekit.sampling import Diffusion, Schedule, invert, invert_coupled, invert_fixed_point, sample, sample_coupled
 
 pytestmark = pytest.mark.slow
-N, STEPS = 32, 50
+N, STEPS = 24, 50
 
 
 @dataclass
@@ -65,24 +65,24 @@ def test_the_trajectory_is_nearest_to_the_latent_on_its_way(made: Made) -> None:
 
 def test_a_sample_s_nearest_noise_is_its_own(made: Made) -> None:
     accuracy, _ = geometry.matching_accuracy(geometry.nearest(made.image, made.noise))
-    # for the others it holds for many, far more than one of 32, but not for nearly all: see the table of docs/noise-map.md
+    # for the others it holds for many, far more than one of 24, but not for nearly all: see the table of docs/noise-map.md
     assert accuracy > (0.9 if made.diffusion.name == "avatar-ddpm" else 0.3)
 
 
 # whatever the network: three of them are enough
 @pytest.mark.parametrize("made", ["avatar-ddpm", "avatar-ldm", "mini-flow"], indirect=True)
 def test_coupled_states_invert_exactly(made: Made) -> None:
-    denoiser, images = made.diffusion.denoiser(8), made.image[:8]
+    denoiser, images = made.diffusion.denoiser(4), made.image[:4]
     pairs = invert_coupled(denoiser, torch.stack([images, images], 1).double(), made.schedule).end
     assert (sample_coupled(denoiser, pairs, made.schedule).end[:, 0] - images).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("made", ["avatar-ddpm", "avatar-ldm", "mini-flow"], indirect=True)
 def test_a_fixed_point_inverts_better_than_plain_inversion(made: Made) -> None:
-    denoiser = made.diffusion.denoiser(8)
+    denoiser = made.diffusion.denoiser(4)
     with torch.no_grad():
         errors = []
-        for latent in (made.latent[:8], invert_fixed_point(denoiser, made.image[:8], made.schedule).end):
+        for latent in (made.latent[:4], invert_fixed_point(denoiser, made.image[:4], made.schedule).end):
             back = sample(denoiser, latent, made.schedule).end
-            errors.append((back - made.image[:8]).square().mean().sqrt())
+            errors.append((back - made.image[:4]).square().mean().sqrt())
     assert errors[1] < errors[0] / 5
