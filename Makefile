@@ -3,8 +3,8 @@
 # make lint: ruff, mypy and import-linter.          make docs: build the site.              make wheel: build the package, run its demo.
 PYTHON ?= python3
 BIN := .venv/bin
-# one torch thread a worker: faster together than two threads in one process; a third worker has the cores while others wait
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal
+# one torch thread a worker: faster together than two threads in one process
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 DEMO := inject sweep --pairs 3 --num-steps 10
 
 .PHONY: demo inspect test test-fast harden lint docs wheel clean

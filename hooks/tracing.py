@@ -16,6 +16,8 @@ def trace(model: Any) -> Any:
     `.transformer` carries the layers under the names that `layers` lists. Use `layer(traced, name)` for a name with dots.
     nnsight puts wrappers of its own in the place of the modules' forwards and leaves them there; hooks work beside them.
     """
+    # before nnsight gives every object a `save`, over which torchsde, where it is installed, stumbles as it is imported
+    from diffusers import DPMSolverSDEScheduler as DPMSolverSDEScheduler
     from nnsight import NNsight
     from nnsight.modeling.diffusion import DiffusionModel, _PipelineModule
 

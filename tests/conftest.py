@@ -28,6 +28,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+import torchsde as torchsde  # before nnsight, which gives every object a `save` that its import stumbles over
 from safetensors import safe_open
 from torch import Tensor
 
