@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,8 @@ def trace(model: Any) -> Any:
     nnsight puts wrappers of its own in the place of the modules' forwards and leaves them there; hooks work beside them.
     """
     # before nnsight gives every object a `save`, over which torchsde, where it is installed, stumbles as it is imported
-    from diffusers import DPMSolverSDEScheduler as DPMSolverSDEScheduler
+    with contextlib.suppress(RuntimeError):  # whoever imports nnsight first has it stumble
+        from diffusers import DPMSolverSDEScheduler as DPMSolverSDEScheduler
     from nnsight import NNsight
     from nnsight.modeling.diffusion import DiffusionModel, _PipelineModule
 
