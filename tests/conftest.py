@@ -170,13 +170,14 @@ def golden(name: str) -> Golden:
 
 
 def scramble(module: torch.nn.Module) -> torch.nn.Module:
-    """Give zero-initialised gates and output layers values, so that every layer has an effect."""
+    """Give zero-initialised gates and output layers values, the same in every process, so that every layer has an effect."""
     generator = torch.Generator().manual_seed(0)
-    for p in module.parameters():
+    for name, p in module.named_parameters():
+        drawn = torch.randn(p.shape, generator=generator)
         if p.ndim > 1:
-            p.data = torch.randn(p.shape, generator=generator) * (1.2 / p[0].numel() ** 0.5)
-        else:
-            p.data = p.data + 0.05 * torch.randn(p.shape, generator=generator)
+            p.data = drawn * (1.2 / p[0].numel() ** 0.5)
+        else:  # biases begin as torch's own random numbers, scales as ones
+            p.data = 0.05 * drawn + (0 if name.endswith("bias") else p.data)
     return module.eval()
 
 

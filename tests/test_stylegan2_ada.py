@@ -157,7 +157,7 @@ def trained(checkpoint: Path, steps: int, stop_at: int | None = None) -> dict[st
 
     network = after(14)
     network.p.fill_(0.3)  # so that augmentation is part of it, and the penalties of batch 16
-    schedule = Schedule(steps, 1e-3, warmup=2, betas=(0.0, 0.99), constant=True)
+    schedule = Schedule(steps, 1e-3, warmup=2, betas=(0.0, 0.99), hold=2)
     return train(network, counted, schedule, checkpoint=checkpoint, save_every_seconds=0).state_dict()
 
 
@@ -170,9 +170,15 @@ def test_a_killed_training_goes_on_with_all_that_it_had(tmp_path: Path) -> None:
     assert whole["seen"] == 14 + 5 and whole["paths"] > 0 and whole["p"] != 0.3
 
 
-def test_a_training_at_a_constant_rate_can_be_prolonged_but_not_cut_short(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_length_is_refused(tmp_path: Path) -> None:
     trained(tmp_path / "short.pt", 3)
-    prolonged, whole = trained(tmp_path / "short.pt", 5), trained(tmp_path / "whole.pt", 5)
-    assert all(torch.equal(value, prolonged[key]) for key, value in whole.items())
-    with pytest.raises(ProbekitError, match=r"checkpoint '.*short.pt': of a training with 5 steps, seed 0 and .*; delete it"):
-        trained(tmp_path / "short.pt", 4)
+    with pytest.raises(ProbekitError, match=r"checkpoint '.*short.pt': of a training with 3 steps, seed 0 and .*; delete it"):
+        trained(tmp_path / "short.pt", 5)
+
+
+def test_a_rate_is_held_before_it_decays() -> None:
+    schedule = Schedule(110, 1e-3, warmup=4, hold=50)
+    assert [schedule.factor(step) for step in (0, 3, 4, 49, 50)] == [0.25, 1, 1, 1, 1]
+    assert schedule.factor(80) == pytest.approx(0.5) and 0 < schedule.factor(109) < 1e-3
+    at_once = Schedule(64, 1e-3, warmup=4)
+    assert [at_once.factor(step) for step in range(4, 64)] == [schedule.factor(step) for step in range(50, 110)]

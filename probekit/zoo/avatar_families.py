@@ -348,7 +348,7 @@ FAMILIES: dict[str, Family] = {
         stylegan2_ada.loss,
         _save_generator,
         Schedule(
-            steps=40_000, learning_rate=2.5e-3, weight_decay=0.0, ema=0.9995, clip=100.0, betas=(0.0, 0.99), constant=True
+            steps=60_000, learning_rate=2.5e-3, weight_decay=0.0, ema=0.9995, clip=100.0, betas=(0.0, 0.99), hold=40_000
         ),
         batch=16,
     ),

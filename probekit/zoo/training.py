@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ Loss = Callable[[nn.Module, torch.Generator], tuple[Tensor, dict[str, float]]]
 class Schedule:
     """How long and how fast to train. AdamW, linear warm-up, cosine decay to zero, exponential moving average.
 
-    With `constant` the rate does not decay, as GANs have it; a training of more steps then goes on from one of fewer.
+    The rate is whole from the `warmup`th step to the `hold`th and decays from there.
 
     `ema` is the averaging constant at its end; it rises as (1 + step) / (10 + step) before.
     `clip` bounds the gradient's norm over all weights. `betas` are AdamW's.
@@ -42,19 +42,14 @@ class Schedule:
     bfloat16: bool = False
     clip: float = 1.0
     betas: tuple[float, float] = (0.9, 0.99)
-    constant: bool = False
-
-    def way(self) -> str:
-        """What a checkpoint's training must have in common with this one to go on as it."""
-        return repr(replace(self, steps=0) if self.constant else self)
+    hold: int = 0
 
     def factor(self, step: int) -> float:
         """The learning rate at a step, as a fraction of `learning_rate`."""
         if step < self.warmup:
             return (step + 1) / self.warmup
-        if self.constant:
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+        start = max(self.warmup, self.hold)
+        return 0.5 * (1 + math.cos(math.pi * max(0, step - start) / max(1, self.steps - start)))
 
 
 def train(
@@ -112,7 +107,7 @@ def _train(
     if checkpoint.exists():
         try:
             state = torch.load(checkpoint, weights_only=True)
-            if state["seed"] != seed or state["schedule"] != schedule.way() or state["step"] > schedule.steps:
+            if state["seed"] != seed or state["schedule"] != repr(schedule) or state["step"] > schedule.steps:
                 told = f"{state['step']} steps, seed {state['seed']} and {state['schedule']}"
                 raise ProbekitError(f"checkpoint {str(checkpoint)!r}: of a training with {told}; delete it")
             module.load_state_dict(state["module"])
@@ -131,7 +126,7 @@ def _train(
 
     def save(step: int) -> None:
         state: dict[str, Any] = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-        state |= {"step": step, "seed": seed, "schedule": schedule.way()}
+        state |= {"step": step, "seed": seed, "schedule": repr(schedule)}
         state |= {"threads": torch.get_num_threads(), "random": torch.get_rng_state()}
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(checkpoint) as file:
