@@ -171,6 +171,8 @@ def test_a_sweep_fills_tiles_and_is_stopped_half_way(page: Callable[..., Any]) -
     shown.get_by_role("button", name="Sweep this pair").wait_for()
     filled = shown.locator("[data-layer] img[src]").count()
     assert 2 <= filled < 18
+    strip = shown.locator(".pi-strip li button")
+    assert strip.count() == 1 and strip.get_attribute("title") == f"stopped at {filled} of 18"
     # the server is free again
     tile(shown, LAST).click()
     answered(shown)

@@ -333,8 +333,9 @@ class Desk:
                     }
                 )
         except Stopped:
-            ident = self._keep(made, found) if found else None
-            say({"stopped": {"id": ident, "done": len(found), "of": len(units)}})
+            told = {"done": len(found), "of": len(units), "says": f"stopped at {len(found)} of {len(units)}"}
+            kept = {"id": self._keep(made, found), **self._copies(made)} if found else {"id": None}
+            say({"stopped": told | kept})
             return
         rows = pd.concat([pd.DataFrame(work.rows) for work in found.values()], ignore_index=True)
         says = report.of_layers(rows, list(made.windows_by_label), [layer.name for layer in made.chosen])

@@ -1601,13 +1601,13 @@
           thumb = tile.came && tile.came !== "nothing" ? tile.picture : thumb || tile.picture;
           this.showTiles();
         }
-        if (line.done) {
+        const swept = line.done || line.stopped;
+        if (swept) {
           ended = true;
-          this.sweepSays.textContent = line.done.says || "swept";
+          this.sweepSays.textContent = swept.says || "swept";
           const { O, E } = this.sweepStart || {};
-          this.keep({ question, swept: true, thumb, answer: { O, E, caption: line.done.says, ...line.done, picture: thumb } }, !this.q.layers.length);
+          if (swept.id) this.keep({ question, swept: true, thumb, answer: { O, E, caption: swept.says, ...swept, picture: thumb } }, !this.q.layers.length);
         }
-        if (line.stopped) { ended = true; this.sweepSays.textContent = `stopped at ${line.stopped.done} of ${line.stopped.of}`; }
         if (line.replaced) { ended = true; this.sweepSays.textContent = `left at ${count}`; }
         if (line.error) { ended = true; this.fail(line.error); this.sweepSays.textContent = ""; }
       }

@@ -347,9 +347,7 @@ FAMILIES: dict[str, Family] = {
         build_gan,
         stylegan2_ada.loss,
         _save_generator,
-        Schedule(
-            steps=60_000, learning_rate=2.5e-3, weight_decay=0.0, ema=0.9995, clip=100.0, betas=(0.0, 0.99), hold=40_000
-        ),
+        Schedule(steps=60_000, learning_rate=2.5e-3, weight_decay=0.0, ema=0.9995, clip=100.0, betas=(0.0, 0.99), hold=40_000),
         batch=16,
     ),
     "avatar-flow": Family(
