@@ -36,7 +36,7 @@ import probekit as package
 from probekit.cli import main
 from probekit.zoo.scene_clip import MAX_TOKENS, tokenizer
 
-os.environ["RAY_worker_niceness"] = "0"  # Ray's workers, nice 15 otherwise, would wait for those of pytest
+os.environ.update(RAY_worker_niceness="0")  # Ray's workers, nice 15 otherwise, would wait for those of pytest
 
 # --- the command line --------------------------------------------------------------------------------------------------
 
