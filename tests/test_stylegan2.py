@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,20 @@ def test_the_spaces_agree() -> None:
     mixed[:, 3:] = mixed[:1, 3:]
     assert not torch.allclose(each.decode(mixed)[1:], images[1:], atol=1e-3)
     assert torch.equal(model.network.mapping.w_avg, before)  # to use a model does not train it
+
+
+def test_a_spaces_truncation_is_that_of_its_samples() -> None:
+    model = stylegan2.as_model(network(), "gan")
+    for name in ("w", "z", "w+"):
+        made = [space.decode(space.sample(3, seeded(2))) for space in (model.space(name, truncation=psi) for psi in (1, 0.7))]
+        expected = [stylegan2.samples(model.network, 3, seeded(2), truncation=psi) for psi in (1.0, 0.7)]
+        for images, wanted in zip(made, expected, strict=True):
+            assert torch.allclose(images, wanted, atol=1e-6)
+        assert not torch.allclose(*made, atol=1e-3)
+        assert model.space(f"{name}:truncation=0.7").digest != model.space(name).digest
+        for wrong in ("1.1", "-0.1", "nan"):
+            with pytest.raises(ProbekitError, match=rf"^space 'gan:{re.escape(name)}:truncation={wrong}': .*choose 0 to 1$"):
+                model.space(f"{name}:truncation={wrong}")
 
 
 def test_a_gan_cannot_encode() -> None:

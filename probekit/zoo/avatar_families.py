@@ -27,6 +27,9 @@ from probekit.zoo.training import Schedule, train
 Numbers = dict[str, float]
 Images = Float[Tensor, "n 3 h w"]
 
+TRUNCATION = 0.7
+"""Under which a GAN is evaluated beside none, as Karras et al. (2019) show its pictures."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -76,8 +79,9 @@ def evaluate(name: str, n: int, seed: int) -> list[Measured]:
     Reconstructions are decode(encode(image)) in the first space that does both, `mean` for the VAE and `inverted` for what has
     it. The Fréchet distances are over AlexNet features and depend on n: beside them stands that of training pictures, the
     least there is to reach. LPIPS is taken at 64x64. The reader's accuracy is the share of all attributes that it finds in an
-    avatar's reconstruction as they are; by what it sees, samples show a face or none (`show_faces`). Test photos show other
-    parts of the photographs than training photos do, so their distance is no least one: samples can be nearer.
+    avatar's reconstruction as they are; by what it sees, samples show a face or none (`show_faces`), and the test pictures, of
+    which it misses some. A GAN's samples are measured under truncation, too. Test photos show other parts of the photographs
+    than training photos do, so their distance is no least one: samples can be nearer.
     """
     from probekit.metrics import lpips
     from probekit.metrics.distributions import alexnet_features, frechet
@@ -101,7 +105,7 @@ def evaluate(name: str, n: int, seed: int) -> list[Measured]:
     nan = float("nan")
     both = {s.name: s for s in model.spaces.values() if s.encoder and s.decoder}
     space = both.get("mean") or both.get("inverted") or next(iter(both.values()), None)
-    psnr = perceptual = accuracy = of_rebuilt = of_samples = faces = nan
+    psnr = perceptual = accuracy = of_rebuilt = nan
     reference = alexnet_features(test)
     if space is not None:
         rebuilt = batched(lambda x: space.decode(space.encode(x)), test, "reconstructions")
@@ -113,18 +117,27 @@ def evaluate(name: str, n: int, seed: int) -> list[Measured]:
             accuracy = (avatar_reader().read(rebuilt) == truth).float().mean().item()
         of_rebuilt = frechet(alexnet_features(rebuilt), reference)
     prior = next((s for s in model.spaces.values() if s.sampler and s.decoder), None)
-    if prior is not None:
-        samples = batched(prior.decode, prior.sample(len(index), generator), "samples")
-        of_samples = frechet(alexnet_features(samples), reference)
-        if isinstance(data, Avatars):
-            faces = show_faces(samples).float().mean().item()
+    sampled = {"": prior}
+    if prior is not None and "truncation" in prior.parameters:
+        sampled[f", truncation {TRUNCATION}"] = model.space(prior.name, truncation=TRUNCATION)
+    of_samples = []
+    for how, drawing in sampled.items():
+        distance = faces = nan
+        if drawing is not None:
+            samples = batched(drawing.decode, drawing.sample(len(index), generator), f"samples{how}")
+            distance = frechet(alexnet_features(samples), reference)
+            if isinstance(data, Avatars):
+                faces = show_faces(samples).float().mean().item()
+        of_samples.append(Measured(f"Fréchet distance of samples{how}", distance, None, "(AlexNet)"))
+        of_samples.append(Measured(f"samples that show a face{how}", faces))
+    shown = show_faces(test).float().mean().item() if isinstance(data, Avatars) else nan
     return [
         Measured("reconstruction PSNR", psnr, None, "dB"),
         Measured("reconstruction LPIPS", perceptual, None, ""),
         Measured("attributes read off reconstructions", accuracy),
         Measured("Fréchet distance of reconstructions", of_rebuilt, None, "(AlexNet)"),
-        Measured("Fréchet distance of samples", of_samples, None, "(AlexNet)"),
-        Measured("samples that show a face", faces),
+        *of_samples,
+        Measured("test pictures that show a face", shown),
         Measured("Fréchet distance of training pictures", frechet(alexnet_features(drawn), reference), None, "(AlexNet)"),
     ]
 

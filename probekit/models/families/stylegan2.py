@@ -21,7 +21,7 @@ from probekit.hooks.errors import ProbekitError
 from probekit.latents import LatentSpace
 from probekit.latents.space import Images
 from probekit.models.formats import Format
-from probekit.models.model import Model, fixed
+from probekit.models.model import Model
 from probekit.models.saved import rebuilt
 
 Noise = Literal["const", "none", "random"]
@@ -366,40 +366,56 @@ def _shape(state: Mapping[str, Any], key: str, dimensions: int) -> tuple[int, ..
 def as_model(network: Generator, name: str) -> Model:
     """The spaces `w`, `z` and `w+` of a generator, which is put into evaluation mode. None can encode.
 
-    Noise is 'const' and truncation 1, so that a latent means one image. Images are clipped to [-1, 1].
+    truncation: psi, from 0 to 1, by which what `w` and `w+` draw, and what `z` becomes, is drawn to the mean w (the truncation
+    trick, Karras et al. 2019); 1 leaves it. Noise is 'const', so that a latent means one image. Images are clipped to [-1, 1].
     """
     network.eval()
 
-    def map_z(z: Tensor) -> Tensor:
-        return network.mapping(z.to(network.mapping.w_avg))
+    def map_z(z: Tensor, truncation: float) -> Tensor:
+        return network.mapping(z.to(network.mapping.w_avg), truncation)
 
     def draw_z(n: int, generator: torch.Generator) -> Tensor:
         return _draw(network, n, generator).cpu()
 
-    def draw_ws(n: int, generator: torch.Generator) -> Tensor:
-        return map_z(draw_z(n, generator)).cpu()
-
     def images_of(ws: Tensor) -> Tensor:
         return network.synthesis(ws.to(network.mapping.w_avg)).clamp(-1, 1).cpu()
 
-    w = LatentSpace(
-        "w",
-        (network.w_dim,),
-        "the style, one for all layers",
-        decoder=lambda w: images_of(w.unsqueeze(1).expand(-1, network.num_ws, -1)),
-        sampler=lambda n, g: draw_ws(n, g)[:, 0],
-    )
-    z = LatentSpace(
-        "z",
-        (network.z_dim,),
-        "normal noise, the mapping network's input",
-        decoder=lambda z: images_of(map_z(z)),
-        sampler=draw_z,
-    )
-    each = LatentSpace(
-        "w+", (network.num_ws, network.w_dim), "the styles, one for each layer", decoder=images_of, sampler=draw_ws
-    )
-    return Model(name, "stylegan2", network.image_size, network, fixed(w, z, each))
+    def checked(truncation: float) -> dict[str, float]:
+        if not 0 <= truncation <= 1:
+            raise ProbekitError(f"truncation {truncation:g}: choose 0 to 1")
+        return {"truncation": truncation}
+
+    def w(truncation: float = 1.0) -> LatentSpace:
+        return LatentSpace(
+            "w",
+            (network.w_dim,),
+            "the style, one for all layers",
+            decoder=lambda w: images_of(w.unsqueeze(1).expand(-1, network.num_ws, -1)),
+            sampler=lambda n, g: map_z(draw_z(n, g), truncation)[:, 0].cpu(),
+            parameters=checked(truncation),
+        )
+
+    def z(truncation: float = 1.0) -> LatentSpace:
+        return LatentSpace(
+            "z",
+            (network.z_dim,),
+            "normal noise, the mapping network's input",
+            decoder=lambda z: images_of(map_z(z, truncation)),
+            sampler=draw_z,
+            parameters=checked(truncation),
+        )
+
+    def each(truncation: float = 1.0) -> LatentSpace:
+        return LatentSpace(
+            "w+",
+            (network.num_ws, network.w_dim),
+            "the styles, one for each layer",
+            decoder=images_of,
+            sampler=lambda n, g: map_z(draw_z(n, g), truncation).cpu(),
+            parameters=checked(truncation),
+        )
+
+    return Model(name, "stylegan2", network.image_size, network, {"w": w, "z": z, "w+": each})
 
 
 @torch.no_grad()
