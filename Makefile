@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # one torch thread a worker: faster together than two threads in one process
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 DEMO := inject sweep --pairs 3 --num-steps 10
 
 .PHONY: demo inspect test test-fast harden lint docs wheel clean

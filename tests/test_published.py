@@ -242,13 +242,13 @@ model = load("mini-sd", device="cpu")
 layers = hooks.select(model.layers, hooks.default_layers(model.denoiser))
 rules = [[hooks.Injection(layer.name)] for layer in layers] * 4
 original, edit = ("a small white moon at the right", 0), ("a large red fish at the left", 0)
+if int(sys.argv[1]) > 1:
+    expected = model.sweep(original, edit, rules, batch_size=8, num_inference_steps=1).images
 model.sweep(original, edit, rules[:4], num_inference_steps=1)
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + int(sys.argv[1]) * 2**20
-resource.setrlimit(resource.RLIMIT_AS, (taken, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (taken, taken))
 done = []
 made = model.sweep(original, edit, rules, num_inference_steps=1, on_batch=done.append).images
-resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-expected = model.sweep(original, edit, rules, batch_size=8, num_inference_steps=1).images
 print(len(rules), sum(done), max(done), (made - expected).abs().max().item())
 """
 
