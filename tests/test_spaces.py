@@ -352,14 +352,11 @@ def test_digests_are_the_same_in_every_process(tmp_path: Path) -> None:
     from tests.conftest import tiny
 
     tiny().save_pretrained(tmp_path / "bare")
-    told = set()
-    for seed in ("1", "2"):
-        code = "import sys, probekit; print(probekit.load_space(sys.argv[1], device='cpu').digest)"
-        command = [sys.executable, "-c", code, f"{tmp_path / 'bare'}:noise"]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": seed})
-        assert done.returncode == 0, done.stderr
-        told.add(done.stdout)
-    assert len(told) == 1, told
+    code = "import sys, probekit; print(probekit.load_space(sys.argv[1], device='cpu').digest)"
+    command = [sys.executable, "-c", code, f"{tmp_path / 'bare'}:noise"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == load_space(f"{tmp_path / 'bare'}:noise", device="cpu").digest
 
 
 # --- the spelling ------------------------------------------------------------------------------------------------------

@@ -363,7 +363,7 @@ def test_injecting_e_into_itself_gives_e_at_every_layer_of_mini_sd() -> None:
 @pytest.fixture(scope="session")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "mini-sd"
-    done = probekit("inject", "sweep", "--pairs", "4", "--num-steps", "4", "--out", out)
+    done = probekit("inject", "sweep", "--pairs", "4", "--num-steps", "2", "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
