@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -22,7 +20,6 @@ from probekit.data.scenes import VALUES, all_scenes, labels, sample_scenes
 from probekit.hooks.errors import ProbekitError
 from probekit.locks import Lock
 from probekit.metrics import readers
-from probekit.metrics.roles import NO_ROLE, roles, summarise
 from probekit.models import saved
 from probekit.zoo import (
     avatar_families,
@@ -36,7 +33,7 @@ from probekit.zoo import (
     scene_vae,
 )
 from probekit.zoo.training import Schedule, train
-from tests.conftest import imported, probekit, process
+from tests.conftest import imported, probekit
 
 TRAINING = """
 import torch
@@ -358,41 +355,3 @@ def test_injecting_e_into_itself_gives_e_at_every_layer_of_mini_sd() -> None:
     rules = [[hooks.Injection(la.name)] for la in model.layers]
     swept = model.sweep((caption, 0), (caption, 0), rules, num_inference_steps=3, guidance_scale=3.0)
     assert all(torch.equal(image, swept.edit) for image in swept.images)
-
-
-@pytest.fixture(scope="session")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "mini-sd"
-    done = probekit("inject", "sweep", "--pairs", "4", "--num-steps", "2", "--out", out)
-    assert done.returncode == 0, done.stderr
-    return out
-
-
-@pytest.mark.slow
-def test_roles_of_mini_sd_agree_between_two_halves_of_the_pairs(swept: Path) -> None:
-    rows = pd.read_parquet(swept / "results.parquet")
-    rows = rows[rows.descriptor == "reader"]
-    number = rows.pair.str[-2:].astype(int)
-    halves = [summarise(rows[number % 2 == k]).set_index(["layer", "factor"]).transfer for k in (0, 1)]
-    a, b = (half.sort_index().to_numpy() for half in halves)
-    assert len(a) == 18 * 3
-    assert np.corrcoef(a, b)[0, 1] > 0.7
-    # no layer that has a role on all pairs leads in another factor on either half
-    found = roles(summarise(rows))
-    specialised = found[~found.role.isin([NO_ROLE, "everything"])]
-    assert len(specialised) >= 1
-    for layer in specialised.itertuples():
-        assert all(half[layer.layer].idxmax() == layer.role for half in halves), layer.layer
-
-
-@pytest.mark.slow
-def test_the_same_seed_gives_the_same_bytes_in_every_process(tmp_path: Path) -> None:
-    layers = ["--layers", "mid_block.*", "--layers", "up_blocks.1.resnets.*"]
-    sweep = ["inject", "sweep", "--pairs", "1", "--factors", "structure", "--num-steps", "5", *layers, "--out"]
-    done = probekit(*sweep, "here", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    with process(*sweep, "there", cwd=tmp_path) as run:
-        _, said = run.communicate()
-    assert run.returncode == 0, said
-    for name in ("results.parquet", "figures/roles.png", "figures/roles.svg"):
-        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes(), name
