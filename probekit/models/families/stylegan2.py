@@ -368,6 +368,7 @@ def as_model(network: Generator, name: str) -> Model:
 
     truncation: psi, from 0 to 1, by which what `w` and `w+` draw, and what `z` becomes, is drawn to the mean w (the truncation
     trick, Karras et al. 2019); 1 leaves it. Noise is 'const', so that a latent means one image. Images are clipped to [-1, 1].
+    A space raises ProbekitError for another truncation.
     """
     network.eval()
 
